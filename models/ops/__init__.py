@@ -1,0 +1,1 @@
+"""Operators: each file holds one operator, its plain torch definition and its fast backends."""
