@@ -124,12 +124,12 @@ def _tile(row: int) -> tuple[int, int, int]:
     return rows, block, 4 if rows * block <= 4096 else 8
 
 
-def norm_forward(x, weight, eps, residual, gate, norm_before_gate, groups):
+def norm_forward(x, weight, eps, residual, gate, norm_before_gate, groups, out_dtype=None):
     """Runs the forward kernel. Returns y `[tokens, C]`, x + residual, rstd `[tokens, G]`."""
     x = rows_of(x)
     tokens, channels = x.shape
     row = channels // groups
-    y = torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
+    y = torch.empty(tokens, channels, dtype=out_dtype or x.dtype, device=x.device)
     total = x if residual is None else torch.empty(tokens, channels, dtype=residual.dtype, device=x.device)
     rstd = torch.empty(tokens, groups, dtype=torch.float32, device=x.device)
     residual = None if residual is None else rows_of(residual)

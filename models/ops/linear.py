@@ -1,0 +1,137 @@
+"""Linear maps fused with the cheap operation in front of them and the residual behind them.
+
+A block of a linear RNN is a chain of matrix products with element-wise work in between. Stored as written,
+a norm's or a gate's output stays in memory only to become the weight gradient of the next product. These
+three operators keep the inputs of the element-wise part instead and compute it again in the backward pass,
+where it costs one read:
+
+| operator            | computes                                         | keeps for the backward pass |
+| ------------------- | ------------------------------------------------ | --------------------------- |
+| `norm_linear`       | `rms_norm(x) @ W_i.T + b_i` for every W_i, and x | x                           |
+| `gated_norm_linear` | `gated_rms_norm(x, gate) @ W.T + residual`       | x, gate                     |
+| `swiglu_linear`     | `(silu(gate) * up) @ W.T + residual`             | gate, up                    |
+
+`norm_linear` hands x through, so that a block reads `*projections, x = norm_linear(x, ...)` and the
+gradients of both uses of x meet inside the norm's backward kernel rather than in a pass of their own. Under
+autocast products run in the autocast dtype, and the gradients of fp32 weights come out of the product in
+fp32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activation import swiglu
+from .backend import resolve
+from .norm import gated_rms_norm, rms_norm
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype matrix products run in: autocast's where it is on, else x's own."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Several projections of one normed input.
+
+    Args:
+        x: `[..., D]`, the residual stream.
+        norm_weight: `[D]`.
+        eps: of the norm.
+        weights: tensors `[D_i, D]`.
+        biases: tensors `[D_i]` or None, as many as weights.
+        backend: see `models/ops/backend.py`.
+
+    Returns:
+        One `[..., D_i]` a weight, in the compute dtype, then x itself.
+    """
+    biases = [None] * len(weights) if biases is None else list(biases)
+    if _fused("norm_linear", x, backend):
+        from .linear_triton import FusedNormLinear
+
+        return FusedNormLinear.apply(x, norm_weight, eps, compute_dtype(x), len(weights), *weights, *biases)
+    hidden = rms_norm(x, norm_weight, eps, backend="torch").to(compute_dtype(x))
+    return *(
+        F.linear(hidden, _like(w, hidden), _like(b, hidden)) for w, b in zip(weights, biases, strict=True)
+    ), x
+
+
+def gated_norm_linear(
+    x: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    norm_before_gate: bool,
+    groups: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Output projection of a gated, normed input, added to the residual stream.
+
+    Args:
+        x: `[..., G * D]`; gate: the same shape; norm_weight: `[D]` or `[G * D]` (see `gated_rms_norm`).
+        eps: of the norm.
+        weight: `[D_out, G * D]`; bias: `[D_out]` or None.
+        residual: `[..., D_out]`; the sum is in its dtype.
+        norm_before_gate, groups, backend: see `gated_rms_norm`.
+
+    Returns:
+        `[..., D_out]`.
+    """
+    order = {"norm_before_gate": norm_before_gate, "groups": groups}
+    if _fused("gated_norm_linear", x, backend):
+        from .linear_triton import FusedGatedNormLinear
+
+        return FusedGatedNormLinear.apply(
+            x, gate, norm_weight, eps, norm_before_gate, groups, compute_dtype(x), weight, bias, residual
+        )
+    hidden = gated_rms_norm(x, gate, norm_weight, eps, **order, backend="torch").to(compute_dtype(x))
+    return _add(F.linear(hidden, _like(weight, hidden), _like(bias, hidden)), residual)
+
+
+def swiglu_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, *, residual: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Down projection of SwiGLU, added to the residual stream.
+
+    Args:
+        gate, up: `[..., I]`.
+        weight: `[D_out, I]`.
+        residual: `[..., D_out]`; the sum is in its dtype.
+        backend: see `models/ops/backend.py`.
+
+    Returns:
+        `[..., D_out]`.
+    """
+    if _fused("swiglu_linear", gate, backend):
+        from .linear_triton import FusedSwiGLULinear
+
+        return FusedSwiGLULinear.apply(gate, up, compute_dtype(gate), weight, residual)
+    hidden = swiglu(gate, up, backend="torch").to(compute_dtype(gate))
+    return _add(F.linear(hidden, _like(weight, hidden)), residual)
+
+
+def _fused(operator: str, x: Tensor, backend: str | None) -> bool:
+    offered = ("torch",) if x.dtype == torch.float64 or x.numel() == 0 else ("triton", "torch")
+    return resolve(operator, x.device, offered, backend) == "triton"
+
+
+def _like(weight: Tensor | None, hidden: Tensor) -> Tensor | None:
+    return None if weight is None else weight.to(hidden.dtype)
+
+
+def _add(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else residual + y.to(residual.dtype)

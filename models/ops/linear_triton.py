@@ -1,0 +1,139 @@
+"""CUDA path of `linear.py`: cuBLAS products around the Triton kernels of the norms and of SwiGLU."""
+
+import torch
+from torch import Tensor
+
+from .activation_triton import swiglu_backward, swiglu_forward
+from .norm_triton import norm_backward, norm_forward, rows_of
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`hidden @ weight.T + bias + residual`: `[tokens, D_out]` in the residual's dtype, else in
+    hidden's."""
+    weight = weight.to(hidden.dtype)
+    if residual is None:
+        return torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+    if residual.dtype == hidden.dtype:
+        y = torch.addmm(residual, hidden, weight.T)
+    elif hidden.is_cuda:
+        y = torch.addmm(residual, hidden, weight.T, out_dtype=residual.dtype)
+    else:
+        y = residual + (hidden @ weight.T).to(residual.dtype)
+    return y if bias is None else y.add_(bias)
+
+
+def _weight_gradient(dy: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """`dy.T @ hidden` in the weight's dtype; for fp32 weights without rounding to the compute dtype on the
+    way."""
+    if weight.dtype == hidden.dtype or not hidden.is_cuda:
+        return (dy.T @ hidden).to(weight.dtype)
+    return torch.mm(dy.T, hidden, out_dtype=weight.dtype)
+
+
+def _input_gradient(dys: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Sum of `dy_i @ W_i`, accumulated by the products themselves."""
+    total = dys[0] @ weights[0].to(dys[0].dtype)
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        total.addmm_(dy, weight.to(dy.dtype))
+    return total
+
+
+def _bias_gradient(dy: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else dy.sum(0, dtype=torch.float32).to(bias.dtype)
+
+
+class FusedNormLinear(torch.autograd.Function):
+    """See `norm_linear`."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, eps, dtype, count, *weights_and_biases):
+        weights, biases = weights_and_biases[:count], weights_and_biases[count:]
+        with torch.autocast(x.device.type, enabled=False):
+            hidden, rows, rstd = norm_forward(x, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
+            outputs = [_product(hidden, w, b, None) for w, b in zip(weights, biases, strict=True)]
+        ctx.save_for_backward(rows, norm_weight, rstd, *weights_and_biases)
+        ctx.options = eps, dtype, count, x.shape
+        ctx.set_materialize_grads(False)
+        return *(y.view(*x.shape[:-1], -1) for y in outputs), x
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        rows, norm_weight, rstd, *weights_and_biases = ctx.saved_tensors
+        eps, dtype, count, shape = ctx.options
+        weights, biases = weights_and_biases[:count], weights_and_biases[count:]
+        *dys, dx_through = gradients
+        used = [i for i, dy in enumerate(dys) if dy is not None]
+        empty = (None,) * (3 + 2 * count)
+        if not used:
+            return dx_through, None, *empty
+        dys = {i: rows_of(dys[i].to(dtype)) for i in used}
+        hidden, _, _ = norm_forward(rows, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
+        dweights = [_weight_gradient(dys[i], hidden, w) if i in dys else None for i, w in enumerate(weights)]
+        dbiases = [_bias_gradient(dys[i], b) if i in dys else None for i, b in enumerate(biases)]
+        del hidden
+        dhidden = _input_gradient([dys[i] for i in used], [weights[i] for i in used])
+        dx, _, dnorm = norm_backward(dhidden, dx_through, rows, None, norm_weight, rstd, True, 1, rows.dtype)
+        return dx.view(shape), dnorm.to(norm_weight.dtype), None, None, None, *dweights, *dbiases
+
+
+class FusedGatedNormLinear(torch.autograd.Function):
+    """See `gated_norm_linear`."""
+
+    @staticmethod
+    def forward(ctx, x, gate, norm_weight, eps, norm_before_gate, groups, dtype, weight, bias, residual):
+        with torch.autocast(x.device.type, enabled=False):
+            hidden, rows, rstd = norm_forward(
+                x, norm_weight, eps, None, gate, norm_before_gate, groups, out_dtype=dtype
+            )
+            y = _product(hidden, weight, bias, None if residual is None else rows_of(residual))
+        ctx.save_for_backward(rows, gate, norm_weight, rstd, weight, bias)
+        ctx.options = (
+            eps,
+            norm_before_gate,
+            groups,
+            dtype,
+            x.shape,
+            None if residual is None else residual.dtype,
+        )
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows, gate, norm_weight, rstd, weight, bias = ctx.saved_tensors
+        eps, norm_before_gate, groups, dtype, shape, residual_dtype = ctx.options
+        dresidual = None if residual_dtype is None else dy
+        dy = rows_of(dy.to(dtype))
+        order = norm_before_gate, groups
+        hidden, _, _ = norm_forward(rows, norm_weight, eps, None, gate, *order, out_dtype=dtype)
+        dweight, dbias = _weight_gradient(dy, hidden, weight), _bias_gradient(dy, bias)
+        del hidden
+        dhidden = _input_gradient([dy], [weight])
+        dx, dgate, dnorm = norm_backward(dhidden, None, rows, gate, norm_weight, rstd, *order, rows.dtype)
+        dnorm = dnorm.view(norm_weight.shape).to(norm_weight.dtype)
+        gradients = dx.view(shape), dgate.view(gate.shape), dnorm
+        return *gradients, None, None, None, None, dweight, dbias, dresidual
+
+
+class FusedSwiGLULinear(torch.autograd.Function):
+    """See `swiglu_linear`."""
+
+    @staticmethod
+    def forward(ctx, gate, up, dtype, weight, residual):
+        gate, up = gate.contiguous(), up.contiguous()
+        with torch.autocast(gate.device.type, enabled=False):
+            hidden = rows_of(swiglu_forward(gate, up).to(dtype))
+            y = _product(hidden, weight, None, None if residual is None else rows_of(residual))
+        ctx.save_for_backward(gate, up, weight)
+        ctx.options = dtype, None if residual is None else residual.dtype
+        return y.view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up, weight = ctx.saved_tensors
+        dtype, residual_dtype = ctx.options
+        dresidual = None if residual_dtype is None else dy
+        dy = rows_of(dy.to(dtype))
+        dhidden = _input_gradient([dy], [weight])
+        dgate, dup, hidden = swiglu_backward(dhidden, gate, up, recompute=True)
+        dweight = _weight_gradient(dy, rows_of(hidden.to(dtype)), weight)
+        return dgate, dup, None, dweight, dresidual
