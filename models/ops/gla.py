@@ -3,8 +3,8 @@
     S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
 
 (Yang et al. 2023, arXiv 2312.06635, equation 3.) `gla_recurrent` is this definition step by step; `gla`
-computes the same in chunks, with plain torch or with Triton kernels. Shapes: B batch, T tokens, H heads, K key
-channels, V value channels, N states (sequences), C tokens of a chunk.
+computes the same in chunks, with plain torch or with Triton kernels. Shapes: B batch, T tokens, H heads,
+K key channels, V value channels, N states (sequences), C tokens of a chunk.
 """
 
 import importlib
@@ -128,39 +128,44 @@ def _chunked(
     layout = _ChunkLayout(q.shape[1], None if cu_seqlens is None else cu_seqlens.tolist())
     out_dtype = v.dtype
     q, k, v, g = (layout.split(x.to(state)) for x in (q, k, v, g))  # [B, H, chunks, C, K or V]
-    b = g.cumsum(-2)  # log decay from the start of the chunk up to and including each token
-    total = b[..., -1:, :]
 
-    updates = (k * (total - b).exp()).transpose(-1, -2) @ v  # [B, H, chunks, K, V], each chunk on its own
-    states, final_state = layout.scan(total.transpose(-1, -2).exp(), updates, state)
-    o = (q * b.exp()) @ states + decayed_scores(q, k, b) @ v
+    updates = (k * _after(g).exp()).transpose(-1, -2) @ v  # [B, H, chunks, K, V], each chunk on its own
+    states, final_state = layout.scan(g.sum(-2)[..., None].exp(), updates, state)
+    o = (q * g.cumsum(-2).exp()) @ states + decayed_scores(q, k, g) @ v
     return layout.join(o * scale).to(out_dtype), final_state if output_final_state else None
 
 
-def decayed_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
-    """Causal scores sum_K q_i k_j exp(b_i - b_j), j <= i, [..., C, C], with no exponent above 0.
+def decayed_scores(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
+    """Causal scores [..., C, C]: sum over K of q_i k_j exp(g_{j+1} + ... + g_i) for j <= i, else 0.
 
-    Factoring the decay into q exp(b) and k exp(-b) overflows under strong gates. A block is halved instead: the
-    later half's queries meet the earlier half's keys in a matrix product, both relative to the boundary between.
+    Factoring the decay into q exp(b) and k exp(-b), b the running sum of g, overflows under strong gates. A
+    block is halved instead: the later half's queries meet the earlier half's keys in a matrix product, both
+    decayed to the boundary between the halves. Each exponent is a sum of g itself, never a difference of
+    running sums: it is never above 0 and its gradient does not cancel.
     """
     size = q.shape[-2]
     if size <= PAIRWISE_SIZE:
-        return _pairwise_scores(q, k, b)
+        return _pairwise_scores(q, k, g)
     half = size // 2
-    (_, q2), (k1, _), (b1, b2) = (x.split(half, dim=-2) for x in (q, k, b))
-    boundary = b1[..., -1:, :]
-    across = (q2 * (b2 - boundary).exp()) @ (k1 * (boundary - b1).exp()).transpose(-1, -2)
-    within = decayed_scores(*(x.unflatten(-2, (2, half)) for x in (q, k, b)))  # [..., 2, half, half]
+    (_, q2), (k1, _), (g1, g2) = (x.split(half, dim=-2) for x in (q, k, g))
+    across = (q2 * g2.cumsum(-2).exp()) @ (k1 * _after(g1).exp()).transpose(-1, -2)
+    within = decayed_scores(*(x.unflatten(-2, (2, half)) for x in (q, k, g)))  # [..., 2, half, half]
     upper = torch.cat([within[..., 0, :, :], torch.zeros_like(across)], dim=-1)
     lower = torch.cat([across, within[..., 1, :, :]], dim=-1)
     return torch.cat([upper, lower], dim=-2)
 
 
-def _pairwise_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
+def _pairwise_scores(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     size = q.shape[-2]
-    future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)[..., None]
-    decay = (b[..., :, None, :] - b[..., None, :, :]).masked_fill(future, -torch.inf).exp()
-    return (q[..., :, None, :] * k[..., None, :, :] * decay).sum(-1)
+    past = torch.ones(size, size, dtype=torch.bool, device=q.device).tril(-1)[..., None]
+    decay = torch.where(past, g[..., :, None, :], 0.0).cumsum(-3).exp()  # [..., C, C, K]
+    return (q[..., :, None, :] * k[..., None, :, :] * decay).sum(-1).tril()
+
+
+def _after(g: Tensor) -> Tensor:
+    """Sum of g [..., C, K] over the tokens behind each token: a key's log decay until the block ends."""
+    shifted = F.pad(g[..., 1:, :], (0, 0, 0, 1))
+    return shifted.flip(-2).cumsum(-2).flip(-2)
 
 
 class _ChunkLayout:
@@ -241,7 +246,7 @@ def _check_shapes(q, k, v, g, initial_state: Tensor | None, cu_seqlens: Tensor |
         raise ValueError(f"gla wants q, k, g of one shape [B, T, H, K] and v [B, T, H, V]; got {shapes}")
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(
-            f"gla with cu_seqlens wants its sequences end to end in a batch of one; got a batch of {q.shape[0]}"
+            f"gla with cu_seqlens wants its sequences end to end in a batch of one; got {q.shape[0]} rows"
         )
     if initial_state is not None and initial_state.shape != _state_shape(q, v, cu_seqlens):
         raise ValueError(
