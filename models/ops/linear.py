@@ -9,7 +9,7 @@ where it costs one read:
 | ------------------- | ------------------------------------------------ | --------------------------- |
 | `norm_linear`       | `rms_norm(x) @ W_i.T + b_i` for every W_i, and x | x                           |
 | `gated_norm_linear` | `gated_rms_norm(x, gate) @ W.T + residual`       | x, gate                     |
-| `swiglu_linear`     | `(silu(gate) * up) @ W.T + residual`             | gate, up                    |
+| `swiglu_mlp`        | the feed-forward half of a block, residual added | x, gate, up; or x alone     |
 
 `norm_linear` hands x through, so that a block reads `*projections, x = norm_linear(x, ...)` and the
 gradients of both uses of x meet inside the norm's backward kernel rather than in a pass of their own. Under
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .activation import swiglu
 from .backend import resolve
@@ -102,26 +103,46 @@ def gated_norm_linear(
     return _add(F.linear(hidden, _like(weight, hidden), _like(bias, hidden)), residual)
 
 
-def swiglu_linear(
-    gate: Tensor, up: Tensor, weight: Tensor, *, residual: Tensor | None = None, backend: str | None = None
+def swiglu_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    *,
+    recompute: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
-    """Down projection of SwiGLU, added to the residual stream.
+    """The feed-forward half of a block: `x + (silu(h @ W_gate.T) * (h @ W_up.T)) @ W_down.T`, `h = rms_norm(x)`.
 
     Args:
-        gate, up: `[..., I]`.
-        weight: `[D_out, I]`.
-        residual: `[..., D_out]`; the sum is in its dtype.
+        x: `[..., D]`, the residual stream.
+        norm_weight: `[D]`; eps: of the norm.
+        gate_weight, up_weight: `[I, D]`.
+        down_weight: `[D, I]`.
+        recompute: keep x alone and compute `h @ W_gate.T` and `h @ W_up.T` again in the backward pass (the
+        product
+            with W_down is not repeated).
         backend: see `models/ops/backend.py`.
 
     Returns:
-        `[..., D_out]`.
+        `[..., D]` in x's dtype.
     """
-    if _fused("swiglu_linear", gate, backend):
-        from .linear_triton import FusedSwiGLULinear
+    weights = gate_weight, up_weight, down_weight
+    if _fused("swiglu_mlp", x, backend):
+        from .linear_triton import FusedSwiGLUMLP
 
-        return FusedSwiGLULinear.apply(gate, up, compute_dtype(gate), weight, residual)
-    hidden = swiglu(gate, up, backend="torch").to(compute_dtype(gate))
-    return _add(F.linear(hidden, _like(weight, hidden)), residual)
+        return FusedSwiGLUMLP.apply(x, norm_weight, eps, compute_dtype(x), recompute, *weights)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(_plain_mlp, x, norm_weight, eps, *weights, use_reentrant=False)
+    return _plain_mlp(x, norm_weight, eps, *weights)
+
+
+def _plain_mlp(x, norm_weight, eps, gate_weight, up_weight, down_weight) -> Tensor:
+    gate, up, x = norm_linear(x, norm_weight, eps, [gate_weight, up_weight], backend="torch")
+    hidden = swiglu(gate, up, backend="torch")
+    return _add(F.linear(hidden, _like(down_weight, hidden)), x)
 
 
 def _fused(operator: str, x: Tensor, backend: str | None) -> bool:

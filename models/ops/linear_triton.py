@@ -114,26 +114,43 @@ class FusedGatedNormLinear(torch.autograd.Function):
         return *gradients, None, None, None, None, dweight, dbias, dresidual
 
 
-class FusedSwiGLULinear(torch.autograd.Function):
-    """See `swiglu_linear`."""
+class FusedSwiGLUMLP(torch.autograd.Function):
+    """See `swiglu_mlp`."""
 
     @staticmethod
-    def forward(ctx, gate, up, dtype, weight, residual):
-        gate, up = gate.contiguous(), up.contiguous()
-        with torch.autocast(gate.device.type, enabled=False):
-            hidden = rows_of(swiglu_forward(gate, up).to(dtype))
-            y = _product(hidden, weight, None, None if residual is None else rows_of(residual))
-        ctx.save_for_backward(gate, up, weight)
-        ctx.options = dtype, None if residual is None else residual.dtype
-        return y.view(*gate.shape[:-1], -1)
+    def forward(ctx, x, norm_weight, eps, dtype, recompute, gate_weight, up_weight, down_weight):
+        with torch.autocast(x.device.type, enabled=False):
+            hidden, rows, rstd = norm_forward(x, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
+            gate, up = _product(hidden, gate_weight, None, None), _product(hidden, up_weight, None, None)
+            del hidden
+            y = _product(swiglu_forward(gate, up), down_weight, None, rows)
+        kept = () if recompute else (gate, up)
+        ctx.save_for_backward(rows, norm_weight, rstd, gate_weight, up_weight, down_weight, *kept)
+        ctx.options = eps, dtype, x.shape
+        return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy):
-        gate, up, weight = ctx.saved_tensors
-        dtype, residual_dtype = ctx.options
-        dresidual = None if residual_dtype is None else dy
-        dy = rows_of(dy.to(dtype))
-        dhidden = _input_gradient([dy], [weight])
-        dgate, dup, hidden = swiglu_backward(dhidden, gate, up, recompute=True)
-        dweight = _weight_gradient(dy, rows_of(hidden.to(dtype)), weight)
-        return dgate, dup, None, dweight, dresidual
+        rows, norm_weight, rstd, gate_weight, up_weight, down_weight, *kept = ctx.saved_tensors
+        eps, dtype, shape = ctx.options
+        stream_gradient = rows_of(dy)
+        dy = stream_gradient.to(dtype)
+        hidden, _, _ = norm_forward(rows, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
+        gate, up = kept or (
+            _product(hidden, gate_weight, None, None),
+            _product(hidden, up_weight, None, None),
+        )
+        dgate, dup, product = swiglu_backward(_input_gradient([dy], [down_weight]), gate, up, recompute=True)
+        del gate, up, kept
+        ddown = _weight_gradient(dy, product, down_weight)
+        del product
+        weights = [gate_weight, up_weight]
+        dgate_weight, dup_weight = (_weight_gradient(d, hidden, w) for d, w in zip([dgate, dup], weights))
+        del hidden
+        dhidden = _input_gradient([dgate, dup], weights)
+        del dgate, dup
+        dx, _, dnorm = norm_backward(
+            dhidden, stream_gradient, rows, None, norm_weight, rstd, True, 1, rows.dtype
+        )
+        dnorm = dnorm.to(norm_weight.dtype)
+        return dx.view(shape), dnorm, None, None, None, dgate_weight, dup_weight, ddown

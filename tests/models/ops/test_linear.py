@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.ops.linear import gated_norm_linear, norm_linear, swiglu_linear
+from models.ops.linear import gated_norm_linear, norm_linear, swiglu_mlp
 from models.ops.norm import gated_rms_norm, rms_norm
 
 
@@ -95,25 +95,28 @@ def test_gated_norm_linear_adds_the_residual(fused, norm_before_gate, request):
     assert_same_function(function, reference, inputs, 1e-5)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_swiglu_linear_adds_the_residual(fused, request):
-    def function(gate, up, w, residual):
+def test_swiglu_mlp_is_the_feed_forward_half_of_a_block(fused, recompute, request):
+    def function(x, norm, gate, up, down):
         if fused:
-            return (kernels("FusedSwiGLULinear")(gate, up, torch.float32, w, residual),)
-        return (swiglu_linear(gate, up, w, residual=residual),)
+            return (kernels("FusedSwiGLUMLP")(x, norm, 1e-6, torch.float32, recompute, gate, up, down),)
+        return (swiglu_mlp(x, norm, 1e-6, gate, up, down, recompute=recompute),)
 
-    def reference(gate, up, w, residual):
-        return (residual + F.linear(F.silu(gate) * up, w),)
+    def reference(x, norm, gate, up, down):
+        hidden = rms_norm(x, norm, 1e-6)
+        return (x + F.linear(F.silu(F.linear(hidden, gate)) * F.linear(hidden, up), down),)
 
     if fused:
         request.getfixturevalue("interpreter")
-    assert_same_function(function, reference, [X, draw(2, 9, 24, seed=5), W1, draw(2, 9, 16, seed=7)], 1e-5)
+    weights = [draw(40, 24, seed=3), draw(40, 24, seed=5), draw(24, 40, seed=6)]
+    assert_same_function(function, reference, [X, NORM, *weights], 1e-5)
 
 
 def test_products_run_in_the_autocast_dtype_around_an_fp32_stream():
     x, norm, w1, w2 = (t.detach().float() for t in (X, NORM, W1, W2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         first, _, through = norm_linear(x, norm, 1e-6, [w1, w2])
-        total = swiglu_linear(first, first, w1[:, :16], residual=x[..., :16])
+        total = swiglu_mlp(x, norm, 1e-6, w2, w2, w2.T)
     assert first.dtype == torch.bfloat16
     assert through.dtype == total.dtype == torch.float32

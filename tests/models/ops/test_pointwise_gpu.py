@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from models.ops.activation import swiglu
 from models.ops.cross_entropy import linear_cross_entropy
-from models.ops.linear import gated_norm_linear, norm_linear, swiglu_linear
+from models.ops.linear import gated_norm_linear, norm_linear, swiglu_mlp
 from models.ops.norm import gated_rms_norm, rms_norm
 
 pytestmark = pytest.mark.gpu
@@ -96,11 +96,13 @@ def test_gated_norm_linear(dtype):
 
 
 @dtypes
-def test_swiglu_linear(dtype):
-    def function(gate, up, w, residual, backend):
-        return (swiglu_linear(gate, up, w, residual=residual, backend=backend),)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_swiglu_mlp(dtype, recompute):
+    def function(x, norm, gate, up, down, backend):
+        return (swiglu_mlp(x, norm, 1e-6, gate, up, down, recompute=recompute, backend=backend),)
 
-    inputs = [draw(2, 333, 256), draw(2, 333, 256, seed=1), draw(96, 256, seed=3), draw(2, 333, 96, seed=4)]
+    weights = [draw(704, 256, seed=2), draw(704, 256, seed=3), draw(256, 704, seed=4)]
+    inputs = [draw(2, 333, 256), draw(256, seed=1), *(w / 16 for w in weights)]
     assert_same_function(function, inputs, dtype)
 
 
