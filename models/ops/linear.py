@@ -114,7 +114,7 @@ def swiglu_mlp(
     recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The feed-forward half of a block: `x + (silu(h @ W_gate.T) * (h @ W_up.T)) @ W_down.T`, `h` the normed x.
+    """The feed-forward half of a block: `x + (silu(h @ W_gate.T) * (h @ W_up.T)) @ W_down.T`, h the normed x.
 
     Args:
         x: `[..., D]`, the residual stream.
