@@ -264,8 +264,8 @@ register_modes(
 )
 
 # ----------------------------------------------------------------------------------------------------
-# modes of Mamba2: the state is [H, P, N]; in_proj holds rows z, x, B, C, dt and conv1d channels x, B, C; B and
-# C have N rows a group
+# modes of Mamba2: the state is [H, P, N]; in_proj holds rows z, x, B, C, dt, conv1d channels x, B, C, and
+# B and C have N rows a group
 
 # (tensor name, its rows of B or C [G, N, ...], new N) -> the grown rows [G, new N, ...]
 Grow = Callable[[str, Tensor, int], Tensor]

@@ -8,7 +8,7 @@ What is counted:
   decoding. The last inputs of short convolutions are counted apart.
 - parameters: every parameter once, so a tied head counts with the embeddings.
 - FLOPs a token: the forward pass, two for each multiply-add. Matrix products (projections, MLP, head) and the
-  update and the reading of the state (as each mixer's `flops_per_token` says) count; norms, activations and the
+  update and the reading of the state (each mixer's `flops_per_token`) count; norms, activations and the
   embedding lookup do not. The state counts as updated step by step; chunked kernels do more, for speed.
 """
 
@@ -147,11 +147,6 @@ def state_report(model: nn.Module) -> StateReport:
 
 def _layer_report(index: int, block: nn.Module, config: Any) -> LayerReport:
     mixer = block.token_mixer
-    of_mixer = {id(parameter) for parameter in mixer.parameters()}
-    rest = [parameter for parameter in block.parameters() if id(parameter) not in of_mixer]
-    matrices = sum(
-        parameter.numel() for parameter in rest if parameter.ndim >= 2
-    )  # the MLP, where there is one
     return LayerReport(
         layer=index,
         drop_mode=config.layer_shape(index).drop_mode,
@@ -159,12 +154,12 @@ def _layer_report(index: int, block: nn.Module, config: Any) -> LayerReport:
         state_bytes=STATE_BYTES * mixer.state_elements(),
         conv_elements=mixer.conv_elements(),
         parameters=sum(parameter.numel() for parameter in block.parameters()),
-        flops_per_token=mixer.flops_per_token() + 2 * matrices,
+        flops_per_token=block.flops_per_token(),
     )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first two to the left and numbers to the right; the last row is set off by a rule."""
+    """Aligned columns, the first two to the left, numbers to the right; a rule sets the last row off."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     aligned = [
