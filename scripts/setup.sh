@@ -35,7 +35,7 @@ done
 make_environment() {
     command -v "$python" >/dev/null || stop "there is no '$python' here; name yours with python=COMMAND"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        stop "$("$python" --version) is too old, 3.10 or newer is needed; name another with python=COMMAND"
+        stop "'$python' is no working Python 3.10 or newer; name another with python=COMMAND"
     local packages=""
     if [ "$system" = true ]; then
         "$python" - <<'PY' || stop "system=true keeps this Python's torch, which has to be there and at least 2.11"

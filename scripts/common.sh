@@ -1,0 +1,220 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# What the four training scripts share: settings, checks in one process, launch, signals, exit status. Sourced, not run.
+#
+# A script sets its variables (lower case) and sources this file. Every lower-case variable that a script assigns at the
+# start of a line is a setting, `key=value` on the command line overrides it or adds another, and each reaches train.py
+# as --key=value, except these, which are about machines and stay here:
+#
+#   scale=tiny           the same path with a tiny model on a CPU, on the quickstart's corpus
+#   n_nodes, node_rank   machines of the run, and which of them this is; n_gpus counts the GPUs of all of them
+#   main_address, main_port   where node 0 can be reached (several nodes only)
+#
+# STATEX_PYTHON=python3 uses that interpreter instead of .venv (a container that has everything).
+# Exit status: 0 done, 2 bad input and nothing written, 75 stopped by a signal with everything saved (start the same
+# command with resume=auto to go on), 1 anything else. Works with bash 3.2.
+
+LOCAL_KEYS=" scale n_nodes node_rank main_address main_port "
+REQUEUE_STATUS=75
+n_nodes=1
+node_rank=0
+main_address=127.0.0.1
+main_port=
+
+stop() {
+    printf '%s: %s\n' "$SCRIPT" "$*" >&2
+    exit 2
+}
+
+# key=value, --key=value or --switch -> assigns the variable and remembers its name
+apply_setting() {
+    local text=${1#--} key value
+    case "$1" in
+        *=*) key=${text%%=*} value=${text#*=} ;;
+        --*) key=$text value=true ;;
+        *) stop "'$1' is no key=value argument (for example: bash scripts/$SCRIPT drop_prop=4)" ;;
+    esac
+    key=${key//-/_}
+    case "$key" in
+        '' | [!a-z]* | *[!a-z0-9_]*) stop "'$1': a key is written in small letters, digits and _" ;;
+    esac
+    printf -v "$key" %s "$value"
+    case " $SETTINGS $LOCAL_KEYS " in
+        *" $key "*) ;;
+        *) SETTINGS="$SETTINGS $key" ;;
+    esac
+}
+
+is_count() {
+    case "$1" in '' | *[!0-9]* | 0) return 1 ;; esac
+}
+
+find_python() {
+    PYTHON=${STATEX_PYTHON:-.venv/bin/python}
+    if [ -z "${STATEX_PYTHON:-}" ] && [ ! -x "$PYTHON" ]; then bash scripts/setup.sh || exit; fi
+}
+
+# The same recipe, small enough for a CPU: a tiny model from random weights on the quickstart's corpus.
+apply_tiny() {
+    local corpus=output/quickstart/data
+    [ -e "$corpus/tokenizer" ] || "$PYTHON" -m data.quickstart out="$corpus" || exit 1
+    apply_setting model_name="${model_name%%-*}-tiny"
+    apply_setting train_config=configs/training/tiny.json
+    apply_setting init_from=scratch
+    apply_setting ckpt_path=
+    apply_setting launch=cpu
+    apply_setting n_gpus=1
+    apply_setting data_path="$corpus/train"
+    apply_setting validation_data_path="$corpus/validation"
+    apply_setting tokenizer="$corpus/tokenizer"
+}
+
+apply_command_line() {
+    local argument
+    scale=
+    for argument in "$@"; do
+        case "${argument#--}" in scale=*) scale=${argument#*=} ;; esac
+    done
+    case "$scale" in
+        '') ;;
+        tiny) apply_tiny ;;
+        *) stop "scale=$scale: the only scale is tiny; leave it out for the full recipe" ;;
+    esac
+    for argument in "$@"; do apply_setting "$argument"; done
+    # one of the two says where the weights come from; what the command line names wins over the script's default
+    case " $* " in
+        *" ckpt_path="* | *" --ckpt_path="* | *" --ckpt-path="*)
+            case " $* " in *init_from=* | *init-from=*) ;; *) init_from=pretrained ;; esac ;;
+        *) if [ "$init_from" = scratch ]; then ckpt_path=; fi ;;
+    esac
+}
+
+# settings -> ARGUMENTS of train.py; an empty value leaves a key at its default
+collect_arguments() {
+    local key
+    ARGUMENTS=()
+    for key in $SETTINGS; do
+        if [ -n "${!key}" ]; then ARGUMENTS[${#ARGUMENTS[@]}]="--$key=${!key}"; fi
+    done
+}
+
+is_on() {
+    case "$1" in true | True | TRUE | 1) return 0 ;; *) return 1 ;; esac
+}
+
+count_gpus() {
+    "$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0
+}
+
+check_machine() {
+    is_count "$n_nodes" || stop "n_nodes=$n_nodes: a number of machines, 1 or more"
+    is_count "$n_gpus" || stop "n_gpus=$n_gpus: a number of GPUs, 1 or more"
+    case "$node_rank" in '' | *[!0-9]*) stop "node_rank=$node_rank: 0 to $((n_nodes - 1))" ;; esac
+    [ "$node_rank" -lt "$n_nodes" ] || stop "node_rank=$node_rank: 0 to $((n_nodes - 1)), n_nodes is $n_nodes"
+    [ $((n_gpus % n_nodes)) -eq 0 ] || stop "n_gpus=$n_gpus: counts the GPUs of all $n_nodes nodes and must divide by $n_nodes"
+    LOCAL_PROCESSES=$((n_gpus / n_nodes))
+    local there
+    if [ "$launch" = cpu ]; then
+        there=$("$PYTHON" -c 'import os; print(os.cpu_count())')
+        [ "$LOCAL_PROCESSES" -le "$there" ] ||
+            stop "n_gpus=$n_gpus: with launch=cpu it is the number of processes, and there are $there cores"
+        return
+    fi
+    there=$(count_gpus)
+    if [ "$there" -eq 0 ]; then
+        stop "no GPU is visible here. Either run this on a machine with GPUs (is CUDA_VISIBLE_DEVICES empty? does nvidia-smi list them?), or run the same path on the CPU with a tiny model: bash scripts/$SCRIPT scale=tiny"
+    fi
+    [ "$LOCAL_PROCESSES" -le "$there" ] ||
+        stop "n_gpus=$n_gpus: $there visible here; n_gpus=$((there * n_nodes)) keeps tokens_per_step by accumulating more"
+}
+
+# settings -> COMMAND
+build_command() {
+    COMMAND=("$PYTHON")
+    if [ "$launch" != cpu ] || [ "$n_gpus" -gt 1 ]; then
+        if [ -z "$main_port" ]; then
+            # port 0: any free one, so that two runs on one machine do not meet
+            if [ "$n_nodes" -gt 1 ]; then main_port=29500; else main_port=0; fi
+        fi
+        COMMAND=("$PYTHON" -m accelerate.commands.launch --config_file "configs/launch/$launch.yaml"
+            --num_processes "$n_gpus" --num_machines "$n_nodes" --machine_rank "$node_rank"
+            --main_process_ip "$main_address" --main_process_port "$main_port")
+    fi
+    COMMAND=("${COMMAND[@]}" train.py "${ARGUMENTS[@]}")
+}
+
+# The processes that train: the launcher's children that run train.py, or the launcher itself where there is one process.
+# Launchers are passed over: they would end the ranks before a checkpoint is written.
+training_processes() {
+    ps -A -o pid= -o ppid= -o args= | awk -v launcher="$LAUNCHER" '
+        !/train\.py/ { next }
+        /accelerate/ { next }
+        $1 == launcher || $2 == launcher { print $1 }'
+}
+
+forward_signal() {
+    INTERRUPTED=yes
+    local process
+    for process in $(training_processes); do kill -s "$1" "$process" 2>/dev/null; done
+}
+
+interrupt() {
+    INTERRUPTED=yes
+    if [ -n "${ASKED_TO_STOP:-}" ]; then
+        kill -s KILL -- "-$LAUNCHER" 2>/dev/null
+        return
+    fi
+    ASKED_TO_STOP=yes
+    echo "$SCRIPT: saving a checkpoint and stopping; Ctrl-C again stops at once" >&2
+    forward_signal TERM
+}
+
+# Runs COMMAND in a process group of its own, hands signals on to the ranks, sets STATUS.
+run_command() {
+    set -m
+    # a launcher that does not know SIGUSR1 would die of it; train.py installs its own handler
+    (trap '' USR1 && exec "${COMMAND[@]}") </dev/null &
+    LAUNCHER=$!
+    set +m
+    trap 'forward_signal TERM' TERM
+    trap 'forward_signal USR1' USR1
+    trap interrupt INT
+    STATUS=127
+    local answer
+    while :; do
+        INTERRUPTED=no
+        wait "$LAUNCHER"
+        answer=$?
+        # 127: already waited for, a signal came in between
+        if [ "$answer" -ne 127 ]; then STATUS=$answer; fi
+        if [ "$INTERRUPTED" = no ]; then break; fi
+    done
+    trap - TERM USR1 INT
+}
+
+start_training() {
+    SCRIPT=$(basename "$0")
+    case " $* " in
+        *" --help "* | *" -h "*) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    esac
+    SETTINGS=$(sed -n 's/^\([a-z][a-z0-9_]*\)=.*/\1/p' "$0" | tr '\n' ' ')
+    cd "$(dirname "$0")/.." || exit 1
+    find_python
+    apply_command_line "$@"
+    collect_arguments
+    if is_on "${plan:-}"; then exec "$PYTHON" train.py "${ARGUMENTS[@]}"; fi
+
+    check_machine
+    "$PYTHON" train.py "${ARGUMENTS[@]}" --validate_only=true || exit
+    build_command
+    local run_dir
+    run_dir=$("$PYTHON" -c 'import sys; from training.config import parse_arguments
+print(parse_arguments(sys.argv[1:]).run_dir)' "${ARGUMENTS[@]}") || exit
+    rm -f "$run_dir/requeue"
+    printf '%s:' "$SCRIPT"
+    printf ' %q' "${COMMAND[@]}"
+    printf '\n'
+    run_command
+    if [ -e "$run_dir/requeue" ]; then exit "$REQUEUE_STATUS"; fi
+    if [ "$STATUS" -ne 0 ] && [ "$STATUS" -ne 2 ]; then exit 1; fi
+    exit "$STATUS"
+}

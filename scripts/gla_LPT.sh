@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# LPT, the control of StateX: the same post-training of a pretrained GLA model on long sequences, with no layer expanded.
+# 8 GPUs by default.
+#
+#   bash scripts/gla_LPT.sh                                # edit the variables below, or override them here:
+#   bash scripts/gla_LPT.sh n_gpus=4 run_name=my_run
+#   bash scripts/gla_LPT.sh plan=true init_from=scratch    # what the run would do, without weights or GPUs
+#   bash scripts/gla_LPT.sh scale=tiny                     # the same path on a CPU
+
+model_name=gla-1.3B                       # a file in configs/models
+ckpt_path=huggingface/gla-1.3B-100B       # starting weights: python -m huggingface.download gla-1.3B-100B
+init_from=pretrained                      # or scratch: random weights
+train_config=configs/training/drop/10b_bsz-512k_64k_cos_3e-4_slimpj.json
+n_gpus=8
+launch=zero1                              # zero1, zero2, zero3 (DeepSpeed), ddp or cpu
+proj_name=statex
+run_name=
+
+. "$(dirname "$0")/common.sh"
+start_training "$@"
