@@ -41,7 +41,9 @@ class Draw:
 
     def xavier_normal(self, shape: Sequence[int], gain: float, like: Tensor) -> Tensor:
         """Over the last two dimensions of `shape`."""
-        std = gain * math.sqrt(2 / sum(shape[-2:]))
+        return self.normal(shape, gain * math.sqrt(2 / sum(shape[-2:])), like)
+
+    def normal(self, shape: Sequence[int], std: float, like: Tensor) -> Tensor:
         return self._filled(shape, like, lambda empty: empty.normal_(0.0, std, generator=self.generator))
 
     @staticmethod

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.draw import Draw
-from models.expansion_arguments import choose_factor, choose_layers
-from models.families import family_of
-from models.report import ExpansionReport, state_report
-from models.surgery import NORM, Replacement, adopt_config, build_replacement, layer_tensors, put_in_place
+from .draw import Draw
+from .expansion_arguments import choose_factor, choose_layers
+from .families import family_of
+from .report import ExpansionReport, state_report
+from .surgery import NORM, Replacement, adopt_config, build_replacement, layer_tensors, put_in_place
 
 Tensors = dict[str, Tensor]
 REINIT = ("standard", "published")
@@ -378,6 +378,6 @@ register_modes(
 )
 
 if __name__ == "__main__":
-    from models.expansion_command import main
+    from .expansion_command import main
 
     raise SystemExit(main())
