@@ -17,7 +17,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,14 @@ def save_checkpoint(
     distribution: Distribution,
     run_dir: Path,
     step: int,
-    write: Callable[[Path], None],
+    writers: Sequence[Callable[[Path], None]],
     bytes_needed: int,
 ) -> Path:
-    """Write `ckpt_{step}` by calling `write(temporary folder)` on every rank.
+    """Write `ckpt_{step}` by calling every writer with a temporary folder, on every rank.
 
     Args:
-        write: collective; puts the files in place. A rank that cannot write raises.
+        writers: each puts some files in place and raises when it cannot, but only after its last collective
+            operation, or other ranks would wait for ever.
         bytes_needed: estimate that must fit on the disk beforehand.
 
     Raises:
@@ -77,7 +79,8 @@ def save_checkpoint(
     target = run_dir / f"ckpt_{step}"
     beside = run_dir / f"ckpt_{step}.tmp"
     _together(distribution, target, lambda: distribution.is_main and _make_room(beside, target, bytes_needed))
-    _together(distribution, target, lambda: write(beside), cleanup=beside)
+    for write in writers:
+        _together(distribution, target, partial(write, beside), cleanup=beside)
     _together(distribution, target, lambda: distribution.is_main and _finish(beside, target), cleanup=beside)
     return target
 

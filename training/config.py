@@ -123,6 +123,12 @@ class RunConfig:
 COMMAND_LINE_ONLY = ("train_config", "plan", "validate_only")
 _FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 _TYPES = typing.get_type_hints(RunConfig)
+# what other programs call some keys, for "did you mean"
+_OTHER_NAMES = {
+    "learning_rate": "lr", "max_steps": "n_train_steps", "sequence_length": "max_len", "max_norm": "grad_clip",
+    "num_gpus": "n_gpus", "checkpoint": "ckpt_path", "gradient_accumulation_steps": "grad_accum_steps",
+    "report": "report_to", "experiment": "run_name", "project": "proj_name",
+}  # fmt: skip
 _NONE_WORDS = ("none", "null", "")
 
 
@@ -202,8 +208,8 @@ def _split(argument: str) -> tuple[str, str]:
 
 def _require_known(key: str, where: str = "") -> None:
     if key not in _FIELDS:
-        close = difflib.get_close_matches(key, _FIELDS, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(_FIELDS)}"
+        close = difflib.get_close_matches(key, [*_FIELDS, *_OTHER_NAMES], n=1, cutoff=0.5)
+        hint = f"did you mean {_OTHER_NAMES.get(close[0], close[0])}?" if close else f"known keys: {', '.join(_FIELDS)}"
         raise ConfigError(f"unknown key {key!r}{where}; {hint}")
 
 

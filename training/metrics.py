@@ -1,27 +1,13 @@
 """Records of a run: metrics.jsonl always, TensorBoard and other trackers as `report_to` says."""
 
-import importlib.util
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from training.config import ConfigError, RunConfig
-
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab", "trackio": "trackio"}
-
-
-def check_trackers(config: RunConfig) -> None:
-    """Every tracker of `report_to` must be installed.
-
-    Raises:
-        ConfigError: one is not; the message says how to install it.
-    """
-    for name in config.report_to:
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise ConfigError(f"report_to={name}: not installed; pip install {_PACKAGES[name]}, or report_to=none")
-
+from training.config import RunConfig
+from training.trackers import open_tracker
 
 class MetricsLog:
     """Appends one JSON object a record; a resumed run first drops what lies beyond its step.
@@ -35,7 +21,7 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         truncate_after(self.path, step)
         self._stream = self.path.open("a", encoding="utf-8")
-        self._trackers = [_open_tracker(name, config, run_dir, step) for name in config.report_to]
+        self._trackers = [open_tracker(name, config, run_dir, step) for name in config.report_to]
 
     def write(self, record: dict[str, Any]) -> None:
         """Record one step; `record["step"]` is its number, values that are not finite become null."""
@@ -83,15 +69,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None  # NaN is no JSON
     return value
-
-
-def _open_tracker(name: str, config: RunConfig, run_dir: Path, step: int) -> Any:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    if name == "tensorboard":
-        # purge_step hides the events that a crashed run wrote beyond the checkpoint
-        tracker = LOGGER_TYPE_TO_CLASS[name](name, logging_dir=str(run_dir), purge_step=step + 1)
-    else:
-        tracker = LOGGER_TYPE_TO_CLASS[name](config.proj_name, name=config.run_name)
-    tracker.start()
-    return tracker

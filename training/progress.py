@@ -80,6 +80,7 @@ class Console:
 
     def __init__(self, active: bool, total: int, step: int) -> None:
         self._active = active
+        self._first = True
         self._bar = tqdm(
             total=total, initial=step, unit="step", dynamic_ncols=True, disable=None if active else True
         )
@@ -89,9 +90,15 @@ class Console:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
-    def advance(self, loss: float) -> None:
+    def advance(self, step: int, loss: float) -> None:
         self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-        self._bar.update(1)
+        self._bar.update(step - self._bar.n)
+
+    def first_step(self, seconds: float) -> None:
+        """Once: how long the user waited for the first step, imports, loading and kernel compilation included."""
+        if self._first:
+            self.say(f"first step done {seconds:.1f} s after the start")
+        self._first = False
 
     def close(self) -> None:
         self._bar.close()

@@ -1,0 +1,125 @@
+"""What keeping or recomputing a layer's activations costs, measured on the GPU at hand, and the best choice from it.
+
+One block of every shape in the model runs forward and backward on a few thousand tokens at each level of recomputation.
+Memory and time grow linearly with tokens from there, so that the fastest assignment of levels to layers that fits into
+the memory follows by filling it greedily, best gain a byte first.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from models.language_model import Block, LanguageModelConfig
+
+PROBE_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class LevelCost:
+    """Cost a token of one layer at one level of recomputation."""
+
+    level: str
+    kept: float  # bytes that stay from forward to backward, the incoming residual stream included
+    working: float  # bytes that its backward pass takes on top, at the peak
+    seconds: float  # forward and backward
+
+
+def probe_layers(
+    config: LanguageModelConfig, block_class: type[Block], device: torch.device, autocast: bool
+) -> list[list[LevelCost]]:
+    """The costs of every layer at each of its levels; layers of one shape share one measurement.
+
+    Args:
+        config: of the model; a block is built from it for each distinct entry of `config.layers`.
+        block_class: the family's block.
+        device: a CUDA device.
+        autocast: whether training runs under bf16 autocast.
+    """
+    measured: dict[str, list[LevelCost]] = {}
+    result = []
+    for index, shape in enumerate(config.layers):
+        key = json.dumps(shape, sort_keys=True)
+        if key not in measured:
+            block = block_class(config, index).to(device)
+            _fill(block)
+            measured[key] = [_probe(block, level, config, autocast) for level in block_class.recompute_levels]
+        result.append(measured[key])
+    return result
+
+
+def assign_levels(layers: Sequence[Sequence[LevelCost]], tokens: int, budget: float) -> list[str]:
+    """One level a layer: the least total time found within `budget` bytes, by best gain a byte.
+
+    Args:
+        layers: the costs of every layer, from `probe_layers`.
+        tokens: tokens of a micro-batch.
+        budget: bytes that activations may take: what is kept over all layers, and the largest backward pass on top.
+
+    Returns:
+        Levels by name; the leanest ones where even these exceed the budget.
+    """
+    chosen = [min(costs, key=lambda cost: cost.kept) for costs in layers]
+    while True:
+        used = _peak(chosen) * tokens
+        upgrades = [
+            ((now.seconds - cost.seconds) / max(cost.kept - now.kept, 1e-9), index, cost)
+            for index, now in enumerate(chosen)
+            for cost in layers[index]
+            if cost.seconds < now.seconds and used + (_growth(chosen, index, cost)) * tokens <= budget
+        ]
+        if not upgrades:
+            return [cost.level for cost in chosen]
+        _, index, cost = max(upgrades, key=lambda upgrade: upgrade[0])
+        chosen[index] = cost
+
+
+def _peak(chosen: Sequence[LevelCost]) -> float:
+    return sum(cost.kept for cost in chosen) + max(cost.working for cost in chosen)
+
+
+def _growth(chosen: list[LevelCost], index: int, cost: LevelCost) -> float:
+    changed = [*chosen[:index], cost, *chosen[index + 1 :]]
+    return _peak(changed) - _peak(chosen)
+
+
+@torch.no_grad()
+def _fill(block: nn.Module) -> None:
+    for parameter in block.parameters():
+        parameter.normal_(std=0.02)
+
+
+def _probe(block: Block, level: str, config: LanguageModelConfig, autocast: bool) -> LevelCost:
+    device = next(block.parameters()).device
+    stream = torch.bfloat16 if autocast and not config.residual_in_fp32 else torch.float32
+    block.recompute = level
+    x = torch.randn(1, PROBE_TOKENS, config.hidden_size, device=device, dtype=stream)
+    for _ in range(2):  # the first round compiles kernels and fills the allocator
+        cost = _measure(block, level, x, autocast)
+    return cost
+
+
+def _measure(block: Block, level: str, x: torch.Tensor, autocast: bool) -> LevelCost:
+    from models.blocks import run_block
+
+    x = x.detach().clone().requires_grad_()
+    block.zero_grad(set_to_none=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    start.record()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+        y, _ = run_block(block, x)
+    kept = torch.cuda.memory_allocated() - before  # the output stands for the next layer's kept input
+    gradient = torch.ones_like(y)
+    torch.cuda.reset_peak_memory_stats()
+    loaded = torch.cuda.memory_allocated()
+    y.backward(gradient)
+    end.record()
+    torch.cuda.synchronize()
+    weights = sum(p.grad.numel() * p.grad.element_size() for p in block.parameters() if p.grad is not None)
+    working = torch.cuda.max_memory_allocated() - loaded - weights
+    seconds = start.elapsed_time(end) / 1e3
+    return LevelCost(level, kept / PROBE_TOKENS, max(working, 0) / PROBE_TOKENS, seconds / PROBE_TOKENS)

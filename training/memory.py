@@ -1,0 +1,72 @@
+"""How much memory a run needs, estimated from shapes alone. Rough by intent: within some 20 % at the 1.3B shapes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from models.report import LayerReport, StateReport
+from training.config import RunConfig
+
+LEVELS = ("none", "mlp", "full")  # what a layer recomputes in the backward pass, least first
+# tokens between two states that the backward pass keeps in fp32, by model type
+_CHUNK_TOKENS = {"statex_gla": 64, "statex_mamba2": 256}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one GPU (or process)."""
+
+    weights_and_optimizer: int
+    saved_activations: int  # kept from forward to backward
+    working: int  # the largest layer's own backward pass
+
+    @property
+    def total(self) -> int:
+        return self.weights_and_optimizer + self.saved_activations + self.working
+
+
+def estimate_memory(
+    report: StateReport, model_config: Any, config: RunConfig, world_size: int, levels: list[str]
+) -> MemoryEstimate:
+    """Estimate for one GPU.
+
+    Args:
+        levels: per layer, one of LEVELS.
+    """
+    tokens = config.max_len * config.batch_size
+    saved = sum(tokens * _saved_bytes(model_config, level, config) for level in levels)
+    working = max(
+        tokens * _saved_bytes(model_config, "none", config) + _state_bytes(report.model_type, layer, tokens)
+        for layer in report.layers
+    )
+    head = 2 * 4 * tokens * model_config.hidden_size  # last hidden states and their gradient
+    return MemoryEstimate(optimizer_bytes(report.total_parameters, config, world_size), saved, working + head)
+
+
+def optimizer_bytes(parameters: int, config: RunConfig, world_size: int) -> int:
+    """fp32 weights, gradients and AdamW's moments of one rank.
+
+    ZeRO-1 and 2 hold their own flat master copy of a rank's share besides the weights; ZeRO-2 frees gradients of other
+    shares as they come; ZeRO-3 shares out everything. The reduction buckets add 0.4 GB each way.
+    """
+    share = parameters / world_size
+    buckets = 2 * 4 * 2e8
+    per_kind = {
+        "zero1": 8 * parameters + 16 * share + buckets,
+        "zero2": 4 * parameters + 20 * share + buckets,
+        "zero3": 20 * share + 2 * buckets,
+    }
+    return int(per_kind.get(config.launch, 16 * parameters))
+
+
+def _saved_bytes(model_config: Any, level: str, config: RunConfig) -> int:
+    """Bytes a token that one layer keeps: the fp32 residual stream, and what it does not recompute."""
+    hidden = model_config.hidden_size
+    width = 2 if config.dtype == "bf16" else 4
+    mixer = width * 14 * hidden
+    mlp = width * 4 * (getattr(model_config, "intermediate_size", None) or 0)
+    return 4 * hidden + {"none": mixer + mlp, "mlp": mixer, "full": 0}[level]
+
+
+def _state_bytes(model_type: str, layer: LayerReport, tokens: int) -> int:
+    # states at chunk borders and their gradients, both in fp32
+    return 2 * 4 * layer.state_elements * (tokens // _CHUNK_TOKENS.get(model_type, 64))
