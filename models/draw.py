@@ -34,6 +34,9 @@ class Draw:
         """U(+-1/sqrt(fan_in)): how nn.Linear and nn.Conv1d initialise themselves."""
         return self.uniform(shape, -(fan_in**-0.5), fan_in**-0.5, like)
 
+    def normal(self, shape: Sequence[int], std: float, like: Tensor) -> Tensor:
+        return self._filled(shape, like, lambda empty: empty.normal_(0.0, std, generator=self.generator))
+
     def xavier_uniform(self, shape: Sequence[int], gain: float, like: Tensor) -> Tensor:
         """Over the last two dimensions of `shape`."""
         bound = gain * math.sqrt(6 / sum(shape[-2:]))

@@ -1,0 +1,435 @@
+"""What all families share: tokens -> embeddings -> blocks -> norm -> head, the carried state, recomputation, saving.
+
+A family brings a config, a block and the names of its parameters (see gla.py, the smallest one); everything
+here is neutral to what its token mixer computes.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, fields
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from . import saving
+from .blocks import HALF, RMSNorm, at_least_fp32
+from .cache import LayerState, Packing, RecurrentCache
+from .draw import Draw
+from .ops.cross_entropy import linear_cross_entropy
+
+SMALL_LOGITS = 2**22  # with labels, logits of at most this many elements are returned besides the loss
+IGNORED = -100
+
+
+class LanguageModelConfig(PreTrainedConfig):
+    """A config.json in which every layer's shape stands by itself: `layers[i]` is a dict of the family's `shape_class`.
+
+    Without `layers` all layers have the shape that the family's published fields describe.
+    """
+
+    shape_class: ClassVar[type]  # frozen dataclass: one layer's shape
+    unsupported: ClassVar[dict[str, tuple]] = {}  # published field: values that mean "not used"
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    layers: list | None = None
+    residual_in_fp32: bool = False  # the residual stream in at least fp32, whatever the compute dtype
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, unused in self.unsupported.items():
+            value = kwargs.pop(name, unused[0])
+            if value not in unused:
+                raise ValueError(
+                    f"{type(self).__name__}: {name}={value!r} is not supported; expected {unused[0]!r}"
+                )
+        super().__post_init__(**kwargs)
+        self.check()
+        if self.layers is None:
+            self.layers = [asdict(self.uniform_shape()) for _ in range(self.num_hidden_layers)]
+        if len(self.layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_layers={self.num_hidden_layers}, but layers describes {len(self.layers)} layers"
+            )
+        for index in range(self.num_hidden_layers):
+            self.layer_shape(index)
+
+    def layer_shape(self, index: int) -> Any:
+        """Shape of one layer, as a `shape_class`. Raises ValueError when the entry is not one."""
+        entry, known = self.layers[index], [field.name for field in fields(self.shape_class)]
+        try:
+            return self.shape_class(**entry)
+        except TypeError:
+            raise ValueError(f"layers[{index}] has the keys {sorted(entry)}; expected {known}") from None
+
+    def uniform_shape(self) -> Any:
+        """The shape of every layer before any expansion, from the published fields."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises ValueError for fields that do not fit together."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{type(self).__name__}: {name}={value!r} must be a positive integer")
+
+
+class Block(nn.Module):
+    """One layer: a token mixer with a norm in front, and whatever else the family puts into a layer.
+
+    forward(x [B, T, D], state=None, output_state=False, cu_seqlens=None) -> (x [B, T, D], state or None): the
+    residual stream in and out, and the recurrent state of each of N sequences (N = B without cu_seqlens).
+    """
+
+    recompute_levels: ClassVar[tuple[str, ...]] = ("none", "full")
+    recompute = "none"
+
+    @property
+    def token_mixer(self) -> nn.Module:
+        """Answers `state_elements()`, `conv_elements()` and `flops_per_token()`."""
+        raise NotImplementedError
+
+    @property
+    def mixer_norm(self) -> RMSNorm:
+        raise NotImplementedError
+
+    def flops_per_token(self) -> int:
+        """Forward pass, a multiply-add counted as two."""
+        return self.token_mixer.flops_per_token()
+
+
+class Trunk(nn.Module):
+    """Embeddings, blocks and the last norm, under the family's parameter names."""
+
+    def __init__(
+        self, config: LanguageModelConfig, block_class: type[Block], norm_name: str, eps: float
+    ) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(block_class(config, i) for i in range(config.num_hidden_layers))
+        self.norm_name = norm_name
+        self.add_module(norm_name, RMSNorm(config.hidden_size, eps))
+
+    @property
+    def last_norm(self) -> RMSNorm:
+        return getattr(self, self.norm_name)
+
+    def run(
+        self,
+        x: Tensor,
+        cache: RecurrentCache,
+        packing: Packing | None,
+        update: bool,
+        streams: list[Tensor] | None,
+    ) -> Tensor:
+        """Residual stream [B, T, D] through all blocks; what goes into each block is appended to `streams`."""
+        states = []
+        for index, block in enumerate(self.layers):
+            if streams is not None:
+                streams.append(x)
+            x, state = _run_block(block, x, cache.layers[index] if cache.layers else None, packing, update)
+            states.append(state)
+        if update:
+            cache.layers = states
+        return x
+
+
+def _run_block(
+    block: Block, x: Tensor, carried: LayerState | None, packing: Packing | None, update: bool
+) -> tuple[Tensor, LayerState | None]:
+    state = carried if packing is None else packing.states_in(carried)
+    arguments = (x, state, update, None if packing is None else packing.cu_seqlens)
+    if block.recompute == "full" and torch.is_grad_enabled():
+        # nothing in a block is random, so there is no generator state to replay
+        x, final = torch.utils.checkpoint.checkpoint(
+            block, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
+    else:
+        x, final = block(*arguments)
+    if update and packing is not None:
+        final = packing.states_out(final, carried)
+    return x, final
+
+
+class LanguageModel(PreTrainedModel, GenerationMixin):
+    """A causal language model over a stack of blocks. A family sets the class attributes below."""
+
+    block_class: ClassVar[type[Block]]
+    norm_name: ClassVar[str]  # parameter name of the last norm
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["norm"]
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__(config)
+        trunk = Trunk(config, self.block_class, self.norm_name, self.norm_eps(config))
+        self.add_module(self.base_model_prefix, trunk)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    # ------------------------------------------------------------------------------------------------
+    # for the family to fill in
+
+    @staticmethod
+    def norm_eps(config: Any) -> float:
+        raise NotImplementedError
+
+    def initialize_module(self, module: nn.Module, draw: Draw) -> None:
+        """Sets the module's own parameters (`assign`) to their values at the start of training."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------
+    # parts
+
+    @property
+    def trunk(self) -> Trunk:
+        return getattr(self, self.base_model_prefix)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.trunk.layers
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.trunk.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.trunk.embeddings = value
+
+    def flops_per_token(self) -> int:
+        """Forward pass with the head, a multiply-add counted as two."""
+        return sum(block.flops_per_token() for block in self.blocks) + 2 * self.lm_head.weight.numel()
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draws every parameter anew; a seed gives the same bits on any device."""
+        draw = Draw(seed)
+        for module in self.modules():
+            self.initialize_module(module, draw)
+        self.tie_weights()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers calls this for each module it has no weights for; its draws follow torch's global seed
+        self.initialize_module(module, Draw(int(torch.randint(2**31, (), device="cpu"))))
+
+    # ------------------------------------------------------------------------------------------------
+    # recomputation in the backward pass
+
+    def set_recompute(self, levels: str | list[str]) -> None:
+        """What the backward pass computes again instead of keeping it, for all layers or one by one.
+
+        Args:
+            levels: `none`; `mlp`, the MLP with the norm in front of it, where layers have one; `full`, the whole
+                layer. A list names one level a layer.
+        """
+        levels = [levels] * len(self.blocks) if isinstance(levels, str) else list(levels)
+        if len(levels) != len(self.blocks):
+            raise ValueError(f"{len(levels)} recompute levels for {len(self.blocks)} layers")
+        for block, level in zip(self.blocks, levels):
+            if level not in block.recompute_levels:
+                allowed = ", ".join(block.recompute_levels)
+                raise ValueError(f"recompute={level!r}: layers of {self.config.model_type} offer {allowed}")
+        for block, level in zip(self.blocks, levels):
+            block.recompute = level
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        self.set_recompute("full")
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.set_recompute("none")
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any(block.recompute != "none" for block in self.blocks)
+
+    # ------------------------------------------------------------------------------------------------
+    # forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        loss_reduction: str = "mean",
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits or loss of a batch of token sequences.
+
+        Args:
+            input_ids: [B, T]; or inputs_embeds [B, T, D] instead.
+            attention_mask: [B, T] (or longer, then its last T columns count), 0 for padding, which may be
+                anywhere: it touches neither state nor convolution.
+            labels: [B, T], shifted inside: position t is scored by its prediction of labels[t + 1]; -100 is skipped.
+            past_key_values: carried state; an empty `RecurrentCache()` begins one. Updated when use_cache is on.
+            use_cache: None means on with past_key_values, off in training and with labels, else as configured.
+            output_hidden_states: also return the embeddings, every block's output, and the normed last one.
+            logits_to_keep: return logits of this many last positions, or of these positions; 0 means of all, but
+                with labels only where there are no more than `SMALL_LOGITS` elements (None otherwise).
+            cu_seqlens: [N + 1] offsets of documents over all B * T tokens, row after row: state and convolution begin
+                anew at each; the first document of a row goes on from the carried state.
+            loss_reduction: `mean` over the counted positions, `sum`, or `none` ([B, T], 0 where nothing counts).
+
+        Raises:
+            ValueError: inputs that do not fit together.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.trunk.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = x.shape[:2]
+        cache, update = self._cache(past_key_values, use_cache, batch, labels)
+        packing = _packing(attention_mask, cu_seqlens, batch, length)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        streams = [] if keep else None
+        with self._half_precision(x.device.type):
+            x = x.to(self._residual_dtype(x))
+            x = x if packing is None else packing.pack(x)
+            x = self.trunk.last_norm(self.trunk.run(x, cache, packing, update, streams))
+            x, *streams = (t if packing is None else packing.unpack(t, length) for t in (x, *(streams or ())))
+            loss = None if labels is None else self._loss(x, labels, loss_reduction)
+            logits = self._logits(x, logits_to_keep, with_loss=labels is not None)
+        if update:
+            cache.seen_tokens += length
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if update else None,
+            hidden_states=(*streams, x) if keep else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _cache(
+        self, given: RecurrentCache | None, use_cache: bool | None, batch: int, labels: Tensor | None
+    ) -> tuple[RecurrentCache, bool]:
+        """The state to start from, and whether it is to be updated."""
+        if use_cache is None:
+            use_cache = given is not None or (self.config.use_cache and not self.training and labels is None)
+        cache = RecurrentCache() if given is None else given
+        if not isinstance(cache, RecurrentCache):
+            raise ValueError(f"past_key_values must be a RecurrentCache, not {type(cache).__name__}")
+        rows = {len(state) for layer in cache.layers for state in layer.values()}
+        if rows and rows != {batch}:
+            raise ValueError(f"the carried state has {sorted(rows)} rows and the batch {batch}")
+        return cache, use_cache
+
+    def _half_precision(self, device_type: str) -> AbstractContextManager:
+        # a model in half precision runs exactly like an fp32 one under autocast: products are rounded, sums are not
+        dtype = self.trunk.embeddings.weight.dtype
+        if dtype not in HALF or torch.is_autocast_enabled(device_type):
+            return nullcontext()
+        return torch.autocast(device_type, dtype)
+
+    def _residual_dtype(self, x: Tensor) -> torch.dtype:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        return torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype
+
+    def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        targets = F.pad(
+            labels[:, 1:], (0, 1), value=IGNORED
+        )  # [B, T], the last position predicts nothing known
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, reduction=reduction)
+
+    def _logits(self, hidden: Tensor, keep: int | Tensor, with_loss: bool) -> Tensor | None:
+        asked = isinstance(keep, Tensor) or keep > 0
+        if with_loss and not asked and hidden.shape[:2].numel() * self.config.vocab_size > SMALL_LOGITS:
+            return None
+        positions = keep if isinstance(keep, Tensor) else slice(-keep, None) if asked else slice(None)
+        return at_least_fp32(self.lm_head(hidden[:, positions]))
+
+    # ------------------------------------------------------------------------------------------------
+    # generation
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: this model has one cache, its "
+                "recurrent state; leave cache_implementation out"
+            )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = RecurrentCache()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: RecurrentCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        use_cache: bool | None = True,
+        logits_to_keep: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What one step of `generate` feeds to forward: the tokens that the carried state has not seen."""
+        inputs = {
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+            "logits_to_keep": 1 if logits_to_keep is None else logits_to_keep,
+            "output_hidden_states": kwargs.get("output_hidden_states"),
+        }
+        from_here = slice(None) if next_sequence_length is None else slice(-next_sequence_length, None)
+        if inputs_embeds is not None and is_first_iteration:
+            return inputs | {"inputs_embeds": inputs_embeds[:, from_here]}
+        return inputs | {"input_ids": input_ids[:, from_here]}
+
+    # ------------------------------------------------------------------------------------------------
+    # saving
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """transformers' `save_pretrained`, complete or not at all, with the code that rebuilds the model beside it.
+
+        The folder loads with `AutoModelForCausalLM.from_pretrained`: as it is after `import models`, with
+        `trust_remote_code=True` where this repository is not installed.
+        """
+        if not is_main_process:
+            return
+        self.config.auto_map = saving.auto_map(type(self))
+        with saving.complete_folder(save_directory) as folder:
+            saving.bundle_code(type(self), folder)
+            super().save_pretrained(folder, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)))
+
+
+def _packing(
+    attention_mask: Tensor | None, cu_seqlens: Tensor | None, batch: int, length: int
+) -> Packing | None:
+    """None where every row is one sequence without padding."""
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("give either attention_mask or cu_seqlens")
+        return Packing.of_documents(cu_seqlens, batch, length)
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask {shape} does not fit a batch of {batch} x {length} tokens")
+    mask = attention_mask[:, -length:]
+    return None if bool(mask.all()) else Packing.of_mask(mask)

@@ -1,0 +1,388 @@
+"""Mamba2 (Dao & Gu 2024, arXiv 2405.21060), as published in `state-spaces/mamba2-1.3b`.
+
+A layer is one token mixer behind an RMS norm, added to the residual stream. The mixer keeps one matrix S [P, N] a
+head; B and C play the part of keys and queries and are shared by the heads of a group (sections 5 and 6):
+
+    z, x, B, C, dt = W_in u              u the normed stream; x [H, P], B and C [G, N], dt [H]
+    x, B, C  = silu(conv(x, B, C))       causal convolution over the last W tokens, each channel by itself
+    dt       = clamp(softplus(dt + dt_bias))
+    S_t      = exp(dt_t A) S_{t-1} + dt_t x_t^T B_t        A = -exp(A_log), one number a head
+    y_t      = S_t C_t + D x_t
+    out      = W_out RMSNorm(y * silu(z))                  the norm runs over each group by itself
+
+Shapes: B batch, T tokens, H heads, P head_dim, G groups, N state_size, W conv_kernel, S sequences.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import KeepFp32, RMSNorm, assign, at_least_fp32
+from .cache import LayerState
+from .draw import Draw
+from .families import Family, register_family
+from .language_model import Block, LanguageModel, LanguageModelConfig
+from .ops.conv import causal_conv1d
+from .ops.linear import gated_norm_linear, norm_linear
+from .ops.ssd import ssd
+
+EMBEDDING_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Mamba2LayerShape:
+    """Shape of one layer's token mixer; its state holds heads * head_dim * state_size * state_map numbers."""
+
+    state_size: int
+    state_map: int = 1  # 4: B and C pass through learned maps N -> 4N after the convolution
+    drop_mode: str | None = None  # how the layer was expanded
+
+
+class Mamba2Config(LanguageModelConfig):
+    """transformers' Mamba2 fields, and `layers`. transformers' initializer_range is never read (see `initialize_module`)."""
+
+    model_type = "statex_mamba2"
+    shape_class = Mamba2LayerShape
+    unsupported: ClassVar[dict[str, tuple]] = {"hidden_act": ("silu", "swish")}
+
+    num_hidden_layers: int = 48
+    num_heads: int = 64
+    head_dim: int = 64
+    state_size: int = 128
+    expand: int = 2
+    n_groups: int = 1
+    conv_kernel: int = 4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    layer_norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = True
+    chunk_size: int = 256
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: Any = None  # [low, high] of dt; read in every form that is in use
+    rescale_prenorm_residual: bool = True
+
+    def check(self) -> None:
+        super().check()
+        self.time_step_limit = time_step_limit(self.time_step_limit)
+        inner = self.hidden_size * self.expand
+        if inner != self.num_heads * self.head_dim:
+            raise ValueError(
+                f"Mamba2Config: hidden_size * expand = {inner} must equal num_heads * head_dim = "
+                f"{self.num_heads} * {self.head_dim}"
+            )
+        if self.n_groups < 1 or self.num_heads % self.n_groups:
+            raise ValueError(f"Mamba2Config: n_groups={self.n_groups} must divide num_heads={self.num_heads}")
+
+    def uniform_shape(self) -> Mamba2LayerShape:
+        return Mamba2LayerShape(self.state_size)
+
+
+def time_step_limit(value: Any) -> list[float]:
+    """[low, high] from None, a pair of numbers or their names, or transformers' {"__float__": "Infinity"}.
+
+    Raises:
+        ValueError: it is none of these, or not a rising pair.
+    """
+    if value is None:
+        return [0.0, math.inf]
+    try:
+        low, high = (float(v["__float__"] if isinstance(v, dict) else v) for v in value)
+    except (TypeError, ValueError, KeyError):
+        low, high = math.nan, math.nan
+    if not 0 <= low < high:
+        raise ValueError(f"time_step_limit={value!r} must be a pair [low, high] with 0 <= low < high")
+    return [low, high]
+
+
+class Mamba2Mixer(KeepFp32):
+    """The token mixer: see the equations above. A_log, D and dt_bias stay in fp32 in a half-precision model."""
+
+    def __init__(self, config: Mamba2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.shape = shape = config.layer_shape(layer_idx)
+        self.num_heads, self.head_dim, self.n_groups = config.num_heads, config.head_dim, config.n_groups
+        self.chunk_size, self.time_step_limit = config.chunk_size, config.time_step_limit
+        self.inner = config.num_heads * config.head_dim  # H * P
+        self.conv_dim = self.inner + 2 * config.n_groups * shape.state_size  # x, B, C
+        rows = self.inner + self.conv_dim + config.num_heads  # z, x, B, C, dt
+        self.in_proj = nn.Linear(config.hidden_size, rows, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(
+            self.conv_dim, self.conv_dim, config.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
+        )
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
+        self.A_log = nn.Parameter(torch.empty(config.num_heads))
+        self.D = nn.Parameter(torch.empty(config.num_heads))
+        self.norm = RMSNorm(self.inner, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.use_bias)
+        if shape.state_map > 1:
+            self.B_map = nn.Linear(shape.state_size, shape.state_map * shape.state_size)
+            self.C_map = nn.Linear(shape.state_size, shape.state_map * shape.state_size)
+
+    def forward(
+        self,
+        u: Tensor,
+        norm: RMSNorm,
+        state: LayerState | None = None,
+        output_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState | None]:
+        """Residual stream [B, T, D] -> the stream with the mixer's output added, and the carried state.
+
+        The state is `recurrent_state` [S, H, P, N] and `conv_state` [S, conv_dim, W - 1], the convolution's last inputs.
+        """
+        carried = {
+            "output_final_state": output_state,
+            "cu_seqlens": cu_seqlens,
+        }
+        zxbcdt, u = norm_linear(u, norm.weight, norm.eps, [self.in_proj.weight], [self.in_proj.bias])
+        z, xBC, dt = zxbcdt.split([self.inner, self.conv_dim, self.num_heads], dim=-1)
+        xBC, conv_state = causal_conv1d(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_state=None if state is None else state["conv_state"],
+            **carried,
+        )
+        grouped = self.n_groups * self.shape.state_size
+        x, B, C = xBC.split([self.inner, grouped, grouped], dim=-1)
+        B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))  # [B, T, G, N]
+        if self.shape.state_map > 1:
+            B, C = self.B_map(B), self.C_map(C)  # [B, T, G, 4N]
+        y, final = ssd(
+            x.unflatten(-1, (self.num_heads, -1)),  # [B, T, H, P]
+            self.step_sizes(dt),
+            -torch.exp(at_least_fp32(self.A_log)),
+            B,
+            C,
+            D=self.D,
+            initial_state=None if state is None else state["recurrent_state"],
+            chunk_size=self.chunk_size,
+            **carried,
+        )
+        u = gated_norm_linear(
+            y.flatten(-2),
+            z,
+            self.norm.weight,
+            self.norm.eps,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            residual=u,
+            norm_before_gate=False,
+            groups=self.n_groups,
+        )
+        return u, {"recurrent_state": final, "conv_state": conv_state} if output_state else None
+
+    def step_sizes(self, dt: Tensor) -> Tensor:
+        """[B, T, H], positive, in at least fp32."""
+        dt = F.softplus(at_least_fp32(dt) + self.dt_bias)
+        low, high = self.time_step_limit
+        return dt if low == 0 and math.isinf(high) else dt.clamp(low, high)
+
+    def state_elements(self) -> int:
+        """Numbers in the recurrent state of one sequence."""
+        return self.inner * self.shape.state_size * self.shape.state_map
+
+    def conv_elements(self) -> int:
+        """Numbers in the convolution's tail of one sequence."""
+        return self.conv_dim * (self.conv1d.kernel_size[0] - 1)
+
+    def flops_per_token(self) -> int:
+        """Forward pass: the matrices at 2 FLOPs an element, the state at 4 (written once, read once)."""
+        matrices = self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv1d.weight.numel()
+        if self.shape.state_map > 1:  # the maps run once a group
+            matrices += self.n_groups * (self.B_map.weight.numel() + self.C_map.weight.numel())
+        return 2 * matrices + 4 * self.state_elements()
+
+
+class Mamba2Block(Block):
+    def __init__(self, config: Mamba2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = Mamba2Mixer(config, layer_idx)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        output_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState | None]:
+        return self.mixer(x, self.norm, state, output_state, cu_seqlens)
+
+    @property
+    def token_mixer(self) -> Mamba2Mixer:
+        return self.mixer
+
+    @property
+    def mixer_norm(self) -> RMSNorm:
+        return self.norm
+
+
+class Mamba2ForCausalLM(LanguageModel):
+    config_class = Mamba2Config
+    base_model_prefix = "backbone"
+    block_class = Mamba2Block
+    norm_name = "norm_f"
+    _no_split_modules: ClassVar[list[str]] = ["Mamba2Block"]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "backbone.embeddings.weight"}
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias", "D", "norm", "norm_f"]
+
+    @staticmethod
+    def norm_eps(config: Mamba2Config) -> float:
+        return config.layer_norm_epsilon
+
+    def initialize_module(self, module: nn.Module, draw: Draw) -> None:
+        """The initialiser of the authors' mamba_ssm: memory of 10 to 1000 tokens, out_proj smaller in deep models."""
+        if isinstance(module, nn.Embedding):
+            assign(module.weight, draw.normal(module.weight.shape, EMBEDDING_STD, module.weight))
+        elif isinstance(module, RMSNorm):
+            assign(module.weight, torch.ones_like(module.weight))
+        elif isinstance(module, Mamba2Mixer):
+            initialize_projections(module, self.config, draw)
+            initialize_decay(module, self.config, draw)
+        elif module is self.lm_head:
+            assign(module.weight, draw.linear(module.weight.shape, module.in_features, module.weight))
+
+
+def initialize_projections(mixer: Mamba2Mixer, config: Mamba2Config, draw: Draw) -> None:
+    """Linear maps and convolution U(+-1/sqrt(fan_in)); out_proj divided by sqrt(layers) on top; linear biases 0."""
+    shrink = math.sqrt(config.num_hidden_layers) if config.rescale_prenorm_residual else 1.0
+    for projection, divisor in ((mixer.in_proj, 1.0), (mixer.out_proj, shrink)):
+        weight = projection.weight
+        assign(weight, draw.linear(weight.shape, projection.in_features, weight) / divisor)
+        if projection.bias is not None:
+            assign(projection.bias, torch.zeros_like(projection.bias))
+    for parameter in mixer.conv1d.parameters():
+        assign(parameter, draw.linear(parameter.shape, config.conv_kernel, parameter))
+    for state_map in (mixer.B_map, mixer.C_map) if mixer.shape.state_map > 1 else ():
+        assign(state_map.weight, draw.xavier_normal(state_map.weight.shape, 0.5, state_map.weight))
+        assign(state_map.bias, torch.zeros_like(state_map.bias))
+
+
+def initialize_decay(mixer: Mamba2Mixer, config: Mamba2Config, draw: Draw) -> None:
+    """dt log-uniform in [time_step_min, time_step_max] through the inverse softplus, A uniform in [1, 16], D one."""
+    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+
+    def inverse_softplus(log_dt: Tensor) -> Tensor:
+        dt = log_dt.exp().clamp(min=config.time_step_floor)
+        return dt + torch.log(-torch.expm1(-dt))
+
+    assign(mixer.dt_bias, draw.uniform(mixer.dt_bias.shape, low, high, mixer.dt_bias, then=inverse_softplus))
+    assign(mixer.A_log, draw.uniform(mixer.A_log.shape, 1.0, 16.0, mixer.A_log, then=torch.log))
+    assign(mixer.D, torch.ones_like(mixer.D))
+
+
+# ----------------------------------------------------------------------------------------------------
+# the published layouts: transformers' fields, and those of state-spaces/mamba2-*
+
+PUBLISHED_FIELDS = (
+    *(
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_heads",
+        "head_dim",
+        "state_size",
+        "expand",
+        "n_groups",
+    ),
+    *("conv_kernel", "use_bias", "use_conv_bias", "layer_norm_epsilon", "residual_in_fp32", "chunk_size"),
+    *("time_step_min", "time_step_max", "time_step_floor", "time_step_limit", "rescale_prenorm_residual"),
+    *("tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
+# transformers' defaults where they differ from ours: a config.json may leave them out
+TRANSFORMERS_DEFAULTS = {
+    **{"num_heads": 128, "vocab_size": 32768, "hidden_size": 4096, "num_hidden_layers": 64, "n_groups": 8},
+    **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+}
+
+
+def read_config(raw: dict[str, Any]) -> dict[str, Any]:
+    if is_original(raw):
+        return read_original_config(raw)
+    known = (*PUBLISHED_FIELDS, *Mamba2Config.unsupported)
+    return TRANSFORMERS_DEFAULTS | {name: raw[name] for name in known if name in raw}
+
+
+def is_original(raw: dict[str, Any]) -> bool:
+    return "d_model" in raw and "n_layer" in raw
+
+
+def read_original_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of state-spaces/mamba2-*, with mamba_ssm's defaults where it is silent.
+
+    Raises:
+        ValueError: names the field that asks for something else than plain Mamba2 layers.
+    """
+    ssm = dict(raw.get("ssm_cfg") or {})
+    d_model, expand, head_dim = raw["d_model"], ssm.get("expand", 2), ssm.get("headdim", 64)
+    needed = {
+        "ssm_cfg.layer": (ssm.get("layer", "Mamba1"), "Mamba2"),
+        "d_intermediate": (raw.get("d_intermediate", 0), 0),
+        "attn_layer_idx": (list(raw.get("attn_layer_idx") or []), []),
+        "rms_norm": (raw.get("rms_norm", True), True),
+        "ssm_cfg.rmsnorm": (ssm.get("rmsnorm", True), True),
+        "ssm_cfg.norm_before_gate": (ssm.get("norm_before_gate", False), False),
+        "ssm_cfg.D_has_hdim": (ssm.get("D_has_hdim", False), False),
+        "ssm_cfg.d_ssm": (ssm.get("d_ssm") or expand * d_model, expand * d_model),
+    }
+    for name, (value, supported) in needed.items():
+        if value != supported:
+            raise ValueError(f"Mamba2: {name}={value!r} is not supported; expected {supported!r}")
+    multiple = raw.get("pad_vocab_size_multiple", 8)
+    return {
+        "vocab_size": -(-raw["vocab_size"] // multiple) * multiple,
+        "hidden_size": d_model,
+        "num_hidden_layers": raw["n_layer"],
+        "num_heads": expand * d_model // head_dim,
+        "head_dim": head_dim,
+        "state_size": ssm.get("d_state", 128),
+        "expand": expand,
+        "n_groups": ssm.get("ngroups", 1),
+        "conv_kernel": ssm.get("d_conv", 4),
+        "use_bias": ssm.get("bias", False),
+        "use_conv_bias": ssm.get("conv_bias", True),
+        "residual_in_fp32": raw.get("residual_in_fp32", True),
+        "chunk_size": ssm.get("chunk_size", 256),
+        "time_step_min": ssm.get("dt_min", 0.001),
+        "time_step_max": ssm.get("dt_max", 0.1),
+        "time_step_floor": ssm.get("dt_init_floor", 1e-4),
+        "time_step_limit": ssm.get("dt_limit"),
+        "tie_word_embeddings": raw.get("tie_embeddings", True),
+        # GPT-NeoX-20B's tokenizer: <|endoftext|> is 0
+        **{"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
+    }
+
+
+def read_tensor(name: str, tensor: Tensor, config: Mamba2Config) -> dict[str, Tensor]:
+    """Published name -> ours: the original layout has `embedding` where transformers has `embeddings`."""
+    return {name.replace("backbone.embedding.", "backbone.embeddings."): tensor}
+
+
+def write_published(model: Mamba2ForCausalLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = {name: getattr(model.config, name) for name in PUBLISHED_FIELDS}
+    low, high = model.config.time_step_limit
+    config["time_step_limit"] = [low, {"__float__": "Infinity"} if math.isinf(high) else high]
+    config |= {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"], "hidden_act": "silu"}
+    return config, model.state_dict()
+
+
+register_family(
+    Family(
+        "mamba2",
+        Mamba2Config,
+        Mamba2ForCausalLM,
+        ("mamba2",),
+        read_config,
+        read_tensor,
+        write_published,
+        recognises=is_original,
+    )
+)
