@@ -128,7 +128,7 @@ class ExpansionReport:
             f"{self.after.total_parameters:,}",
         )
         return (
-            f"{len(rows)} layers expanded, {untouched} as they were; recurrent state x{growth:.2f}\n"
+            f"{len(rows)} {'layer' if len(rows) == 1 else 'layers'} expanded, {untouched} as they were; recurrent state x{growth:.2f}\n"
             f"{table(header, [*rows, total])}\n\n{self.after}"
         )
 

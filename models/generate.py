@@ -1,0 +1,147 @@
+"""`python -m models.generate model=FOLDER prompt=...`: continue a text with any model folder."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+from .command_line import run_command
+from .families import family_of
+from .language_model import LanguageModel
+from .loading import load_pretrained
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """Continue a text with a model, printing words as they come.
+
+    python -m models.generate model=FOLDER prompt="Once upon a time" [key=value ...]
+
+    model=FOLDER       any layout that load_pretrained reads, or any causal model of transformers
+    prompt=TEXT        the text to continue; or prompt_file=PATH; or neither, to read standard input
+    max_new_tokens=N   at most this many tokens more (128); fewer when the model ends the text
+    temperature=T      0: always the likeliest token (0)
+    top_p=P            sample from the likeliest tokens that together have probability P (1)
+    seed=N             of the sampling (0)
+    device=NAME        cuda where there is one, else cpu
+    dtype=NAME         bfloat16, float32, ...; as stored when left out
+    tokenizer=FOLDER   when the model's folder has none
+    piece=N            tokens of the prompt read at once (4096): memory does not grow with the prompt
+    """
+
+    model: str
+    prompt: str | None = None
+    prompt_file: str | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: str | None = None
+    tokenizer: str | None = None
+    piece: int = 4096
+
+
+def check(arguments: GenerateArguments) -> None:
+    """Raises ValueError for values out of range, before anything is loaded."""
+    if arguments.prompt is not None and arguments.prompt_file is not None:
+        raise ValueError("give prompt or prompt_file, not both")
+    for name in ("max_new_tokens", "piece"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1")
+    if arguments.temperature < 0:
+        raise ValueError(f"temperature={arguments.temperature} must be 0 (greedy) or above")
+    if not 0 < arguments.top_p <= 1:
+        raise ValueError(f"top_p={arguments.top_p} must be above 0 and at most 1")
+    if not (Path(arguments.model) / "config.json").is_file():
+        raise ValueError(f"model={arguments.model} is no model folder: it has no config.json")
+
+
+def read_prompt(arguments: GenerateArguments) -> str:
+    if arguments.prompt is not None:
+        return arguments.prompt
+    if arguments.prompt_file is not None:
+        return Path(arguments.prompt_file).read_text(encoding="utf-8")
+    return sys.stdin.read()
+
+
+def load_model(folder: str, dtype: str | None, device: str) -> nn.Module:
+    """A model of this repository where the folder holds one of its families, else one of transformers' own."""
+    torch_dtype = getattr(torch, dtype, None) if dtype else None
+    if dtype and not isinstance(torch_dtype, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is no type of torch; use bfloat16, float16, float32 or float64")
+    try:
+        family_of(json.loads((Path(folder) / "config.json").read_text()))
+    except ValueError:  # none of ours
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype or "auto", local_files_only=True
+        )
+        return model.to(device).eval()
+    return load_pretrained(folder, dtype=torch_dtype, device=device).eval()
+
+
+def load_tokenizer(folder: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{folder} has no tokenizer that loads ({reason}); name one: tokenizer=FOLDER"
+        ) from None
+
+
+@torch.no_grad()
+def read_in_pieces(model: LanguageModel, tokens: Tensor, piece: int) -> Any:
+    """The state after all tokens [1, T] but the last, which `generate` reads itself; None when T is 1."""
+    state = None
+    for part in tokens[:, :-1].split(piece, dim=1) if tokens.shape[1] > 1 else ():
+        output = model(input_ids=part, past_key_values=state, use_cache=True, logits_to_keep=1)
+        state = output.past_key_values
+    return state
+
+
+def generate(arguments: GenerateArguments) -> None:
+    check(arguments)
+    prompt = read_prompt(arguments)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
+    model = load_model(arguments.model, arguments.dtype, arguments.device)
+    tokens = tokenizer(prompt, return_tensors="pt")["input_ids"].long().to(arguments.device)
+    if tokens.shape[1] == 0:
+        raise ValueError("the prompt is empty: give at least one token to continue")
+
+    sampling = {"do_sample": False}
+    if arguments.temperature > 0:
+        sampling = {
+            "do_sample": True,
+            "temperature": arguments.temperature,
+            "top_p": arguments.top_p,
+            "top_k": 0,
+        }
+    if isinstance(model, LanguageModel):
+        sampling["past_key_values"] = read_in_pieces(model, tokens, arguments.piece)
+    end = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    torch.manual_seed(arguments.seed)
+    model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=arguments.max_new_tokens,
+        eos_token_id=end,
+        pad_token_id=end[0] if isinstance(end, list) else end,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(GenerateArguments, generate, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
