@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from .blocks import GatedMLP, RMSNorm, assign, at_least_fp32
 from .cache import LayerState
+from .config import LanguageModelConfig
 from .draw import Draw
 from .families import Family, register_family
-from .language_model import Block, LanguageModel, LanguageModelConfig
+from .language_model import Block, LanguageModel
 from .ops.gla import gla
 from .ops.linear import gated_norm_linear, norm_linear
 
@@ -170,7 +171,7 @@ class GLAMixer(nn.Module):
 
 
 class GLABlock(Block):
-    recompute_levels = ("none", "mlp", "full")
+    recompute_levels = ("none", "mixer", "mlp", "full")
 
     def __init__(self, config: GLAConfig, layer_idx: int) -> None:
         super().__init__()
@@ -186,8 +187,9 @@ class GLABlock(Block):
         output_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
-        x, state = self.attn(x, self.attn_norm, state, output_state, cu_seqlens)
-        x = self.mlp(x, self.mlp_norm, recompute=self.recompute == "mlp")
+        mixer = self.unless_kept(self.attn, "mixer", "full")
+        x, state = mixer(x, self.attn_norm, state, output_state, cu_seqlens)
+        x = self.mlp(x, self.mlp_norm, recompute=self.recompute in ("mlp", "full"))
         return x, state
 
     @property
@@ -210,10 +212,6 @@ class GLAForCausalLM(LanguageModel):
     _no_split_modules: ClassVar[list[str]] = ["GLABlock"]
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embeddings.weight"}
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["attn_norm", "mlp_norm", "norm", "g_norm_swish_gate"]
-
-    @staticmethod
-    def norm_eps(config: GLAConfig) -> float:
-        return config.norm_eps
 
     def initialize_module(self, module: nn.Module, draw: Draw) -> None:
         """Every matrix normal with `initializer_range`, biases 0, norms 1."""

@@ -1,12 +1,13 @@
-"""What all families share: tokens -> embeddings -> blocks -> norm -> head, the carried state, recomputation, saving.
+"""What all families share: tokens -> embeddings -> blocks -> norm -> head; the carried state; recomputation; saving.
 
-A family brings a config, a block and the names of its parameters (see gla.py, the smallest one); everything
-here is neutral to what its token mixer computes.
+A family brings a config, a block and the names of its parameters (gla.py is the smallest one). Nothing here
+depends on what its token mixer computes.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 import torch
@@ -14,75 +15,17 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import saving
 from .blocks import HALF, RMSNorm, at_least_fp32
 from .cache import LayerState, Packing, RecurrentCache
+from .config import LanguageModelConfig
 from .draw import Draw
 from .ops.cross_entropy import linear_cross_entropy
 
 SMALL_LOGITS = 2**22  # with labels, logits of at most this many elements are returned besides the loss
 IGNORED = -100
-
-
-class LanguageModelConfig(PreTrainedConfig):
-    """A config.json in which every layer's shape stands by itself: `layers[i]` is a dict of the family's `shape_class`.
-
-    Without `layers` all layers have the shape that the family's published fields describe.
-    """
-
-    shape_class: ClassVar[type]  # frozen dataclass: one layer's shape
-    unsupported: ClassVar[dict[str, tuple]] = {}  # published field: values that mean "not used"
-
-    vocab_size: int = 32000
-    hidden_size: int = 2048
-    num_hidden_layers: int = 24
-    layers: list | None = None
-    residual_in_fp32: bool = False  # the residual stream in at least fp32, whatever the compute dtype
-    tie_word_embeddings: bool = False
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        for name, unused in self.unsupported.items():
-            value = kwargs.pop(name, unused[0])
-            if value not in unused:
-                raise ValueError(
-                    f"{type(self).__name__}: {name}={value!r} is not supported; expected {unused[0]!r}"
-                )
-        super().__post_init__(**kwargs)
-        self.check()
-        if self.layers is None:
-            self.layers = [asdict(self.uniform_shape()) for _ in range(self.num_hidden_layers)]
-        if len(self.layers) != self.num_hidden_layers:
-            raise ValueError(
-                f"num_hidden_layers={self.num_hidden_layers}, but layers describes {len(self.layers)} layers"
-            )
-        for index in range(self.num_hidden_layers):
-            self.layer_shape(index)
-
-    def layer_shape(self, index: int) -> Any:
-        """Shape of one layer, as a `shape_class`. Raises ValueError when the entry is not one."""
-        entry, known = self.layers[index], [field.name for field in fields(self.shape_class)]
-        try:
-            return self.shape_class(**entry)
-        except TypeError:
-            raise ValueError(f"layers[{index}] has the keys {sorted(entry)}; expected {known}") from None
-
-    def uniform_shape(self) -> Any:
-        """The shape of every layer before any expansion, from the published fields."""
-        raise NotImplementedError
-
-    def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{type(self).__name__}: {name}={value!r} must be a positive integer")
 
 
 class Block(nn.Module):
@@ -93,7 +36,15 @@ class Block(nn.Module):
     """
 
     recompute_levels: ClassVar[tuple[str, ...]] = ("none", "full")
-    recompute = "none"
+    recompute = "none"  # one of the levels; forward does what it says
+
+    def unless_kept(self, part: Callable, *levels: str) -> Callable:
+        """`part`; at one of `levels` it keeps its inputs alone and runs again in the backward pass."""
+        if self.recompute not in levels or not torch.is_grad_enabled():
+            return part
+        # nothing in a block is random, so there is no generator state to replay
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return functools.partial(torch.utils.checkpoint.checkpoint, part, **options)
 
     @property
     def token_mixer(self) -> nn.Module:
@@ -119,7 +70,7 @@ class Trunk(nn.Module):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(block_class(config, i) for i in range(config.num_hidden_layers))
         self.norm_name = norm_name
-        self.add_module(norm_name, RMSNorm(config.hidden_size, eps))
+        self.add_module(norm_name, RMSNorm(config.hidden_size, config.norm_eps))
 
     @property
     def last_norm(self) -> RMSNorm:
@@ -150,13 +101,7 @@ def _run_block(
 ) -> tuple[Tensor, LayerState | None]:
     state = carried if packing is None else packing.states_in(carried)
     arguments = (x, state, update, None if packing is None else packing.cu_seqlens)
-    if block.recompute == "full" and torch.is_grad_enabled():
-        # nothing in a block is random, so there is no generator state to replay
-        x, final = torch.utils.checkpoint.checkpoint(
-            block, *arguments, use_reentrant=False, preserve_rng_state=False
-        )
-    else:
-        x, final = block(*arguments)
+    x, final = block(*arguments)
     if update and packing is not None:
         final = packing.states_out(final, carried)
     return x, final
@@ -174,17 +119,13 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__(config)
-        trunk = Trunk(config, self.block_class, self.norm_name, self.norm_eps(config))
+        trunk = Trunk(config, self.block_class, self.norm_name)
         self.add_module(self.base_model_prefix, trunk)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     # ------------------------------------------------------------------------------------------------
     # for the family to fill in
-
-    @staticmethod
-    def norm_eps(config: Any) -> float:
-        raise NotImplementedError
 
     def initialize_module(self, module: nn.Module, draw: Draw) -> None:
         """Sets the module's own parameters (`assign`) to their values at the start of training."""
@@ -231,8 +172,8 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """What the backward pass computes again instead of keeping it, for all layers or one by one.
 
         Args:
-            levels: `none`; `mlp`, the MLP with the norm in front of it, where layers have one; `full`, the whole
-                layer. A list names one level a layer.
+            levels: `none`; `mixer`, the token mixer with the norm in front of it; `mlp`, likewise the MLP where
+                layers have one; `full`, both. A list names one level a layer.
         """
         levels = [levels] * len(self.blocks) if isinstance(levels, str) else list(levels)
         if len(levels) != len(self.blocks):

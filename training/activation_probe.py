@@ -102,8 +102,6 @@ def _probe(block: Block, level: str, config: LanguageModelConfig, autocast: bool
 
 
 def _measure(block: Block, level: str, x: torch.Tensor, autocast: bool) -> LevelCost:
-    from models.blocks import run_block
-
     x = x.detach().clone().requires_grad_()
     block.zero_grad(set_to_none=True)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -111,7 +109,7 @@ def _measure(block: Block, level: str, x: torch.Tensor, autocast: bool) -> Level
     before = torch.cuda.memory_allocated()
     start.record()
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
-        y, _ = run_block(block, x)
+        y, _ = block(x)
     kept = torch.cuda.memory_allocated() - before  # the output stands for the next layer's kept input
     gradient = torch.ones_like(y)
     torch.cuda.reset_peak_memory_stats()

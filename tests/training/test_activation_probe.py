@@ -1,0 +1,59 @@
+"""The choice of recomputation levels, from given costs; the measurement itself runs on the GPU."""
+
+import pytest
+import torch
+
+from training.activation_probe import LevelCost, assign_levels, probe_layers
+
+LAYER = [
+    LevelCost("none", kept=100.0, working=50.0, seconds=1.0),
+    LevelCost("mlp", kept=40.0, working=60.0, seconds=1.2),
+    LevelCost("full", kept=10.0, working=80.0, seconds=1.5),
+]
+
+
+def test_ample_memory_recomputes_nothing():
+    assert assign_levels([LAYER] * 4, tokens=1, budget=1e9) == ["none"] * 4
+
+
+def test_scarce_memory_recomputes_everything():
+    assert assign_levels([LAYER] * 4, tokens=1, budget=0) == ["full"] * 4
+
+
+def test_memory_goes_first_where_it_buys_most_time():
+    # 4 x 10 + 80 are taken; mlp costs 30 more a layer and saves 0.3 s, none 60 on top and saves 0.2 s
+    assert sorted(assign_levels([LAYER] * 4, tokens=1, budget=185)) == ["full", "full", "mlp", "mlp"]
+    assert sorted(assign_levels([LAYER] * 4, tokens=1, budget=320)) == ["mlp", "mlp", "mlp", "none"]
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_the_assignment_fits_for_any_number_of_tokens(tokens):
+    levels = assign_levels([LAYER] * 5, tokens=tokens, budget=300 * tokens)
+    costs = [next(cost for cost in LAYER if cost.level == level) for level in levels]
+    assert sum(c.kept for c in costs) + max(c.working for c in costs) <= 300
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gla", "mamba2"])
+def test_the_predicted_memory_is_what_a_training_step_takes(family):
+    from models import build_model
+
+    device = torch.device("cuda")
+    model = build_model(f"configs/models/{family}-tiny.json", device="cuda").train()
+    costs = probe_layers(model.config, model.block_class, device, autocast=True)
+    tokens = torch.randint(0, model.config.vocab_size, (1, 32768), device=device)
+    for level in model.block_class.recompute_levels:
+        model.set_recompute(level)
+        predicted = 32768 * sum(next(c.kept for c in layer if c.level == level) for layer in costs)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            x = model.trunk.embeddings(tokens)
+            before = torch.cuda.memory_allocated()
+            model.trunk.run(x.bfloat16(), *_no_cache())
+            # what the trunk keeps goes with its output, so the peak stands for it here
+        assert torch.cuda.max_memory_allocated() - before > 0.5 * predicted
+
+
+def _no_cache():
+    from models.cache import RecurrentCache
+
+    return RecurrentCache(), None, False, None
