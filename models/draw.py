@@ -46,9 +46,6 @@ class Draw:
         """Over the last two dimensions of `shape`."""
         return self.normal(shape, gain * math.sqrt(2 / sum(shape[-2:])), like)
 
-    def normal(self, shape: Sequence[int], std: float, like: Tensor) -> Tensor:
-        return self._filled(shape, like, lambda empty: empty.normal_(0.0, std, generator=self.generator))
-
     @staticmethod
     def _filled(shape: Sequence[int], like: Tensor, fill: Callable[[Tensor], Tensor]) -> Tensor:
         if like.is_meta:

@@ -63,9 +63,7 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Embeddings, blocks and the last norm, under the family's parameter names."""
 
-    def __init__(
-        self, config: LanguageModelConfig, block_class: type[Block], norm_name: str, eps: float
-    ) -> None:
+    def __init__(self, config: LanguageModelConfig, block_class: type[Block], norm_name: str) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(block_class(config, i) for i in range(config.num_hidden_layers))

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from .blocks import HALF, KeepFp32
+from .config import LanguageModelConfig
 from .families import Family, family_of
-from .language_model import LanguageModel, LanguageModelConfig
+from .language_model import LanguageModel
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD = "lm_head.weight"
