@@ -1,4 +1,4 @@
-"""Linear RNN language models whose recurrent state can be enlarged: GLA and Mamba2, and the families added to them.
+"""Linear RNN language models whose recurrent state can be enlarged: GLA, Mamba2, and others added to them.
 
     model = build_model("configs/models/gla-1.3B.json", device="meta")
     model = load_pretrained("huggingface/gla-1.3B-100B")
@@ -24,7 +24,7 @@ __all__ = ["build_model", "expand_state", "load_pretrained", "read_config", "sav
 
 
 def __getattr__(name: str) -> Any:
-    # these modules are commands as well (python -m models.expansion), which must not be imported before they run
+    # these modules are commands too (python -m models.expansion), and must not be imported before they run
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -85,7 +85,7 @@ class Packing:
 
     @staticmethod
     def of_documents(cu_seqlens: Tensor, batch: int, length: int) -> "Packing":
-        """From offsets over all B * T tokens, row after row; every row begins a document or continues its own.
+        """From offsets over all B * T tokens, row after row. The end of a row is always an offset.
 
         Raises:
             ValueError: the offsets do not cover the batch, or a document reaches over the end of its row.
@@ -96,8 +96,8 @@ class Packing:
         covered = covered and int(cu_seqlens[-1]) == batch * length
         if not covered or not torch.equal(cu_seqlens[last + 1].long(), ends.long()):
             raise ValueError(
-                f"cu_seqlens must rise from 0 to {batch * length} (batch {batch} x length {length}) and name the end of "
-                f"every row; got {cu_seqlens.tolist()[:16]}"
+                f"cu_seqlens must rise from 0 to {batch * length} (batch {batch} x length {length}) and name "
+                f"the end of every row; got {cu_seqlens.tolist()[:16]}"
             )
         first = torch.cat([last.new_zeros(1), last[:-1] + 1])
         return Packing(cu_seqlens, torch.arange(batch, device=cu_seqlens.device), first, last, batch)

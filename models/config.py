@@ -1,7 +1,8 @@
 """What the config.json of every family holds: above all `layers`, each layer's shape by itself.
 
-`layers[i]` is a dict with the fields of the family's `shape_class`, so that a model with a few expanded layers is
-rebuilt from its config alone. Without `layers` all layers have the shape that the published fields describe.
+`layers[i]` is a dict with the fields of the family's `shape_class`, so that a model with a few expanded
+layers is rebuilt from its config alone. Without `layers` all layers have the shape that the published fields
+describe.
 """
 
 from dataclasses import asdict, fields

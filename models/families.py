@@ -1,7 +1,7 @@
 """The registry of model families: everything outside a family's own file finds it here.
 
-A family is one file of models/ that ends with `register_family(Family(...))`; models/__init__.py imports every file
-that does.
+A family is one file of models/ that ends with `register_family(Family(...))`; models/__init__.py imports
+every file that does.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Gated linear attention (Yang et al. 2023, arXiv 2312.06635), as published in `fla-hub/gla-1.3B-100B`.
 
 A layer is a token mixer and a SwiGLU MLP, each behind an RMS norm and added to the residual stream. The mixer
-keeps one matrix S [K, V] a head. Every token writes one outer product into it, after each row of it has decayed by a
-factor of its own (section 4.4, with the recurrence of equation 3):
+keeps one matrix S [K, V] a head. Every token writes one outer product into it, after each row of it has
+decayed by a factor of its own (section 4.4, with the recurrence of equation 3):
 
     q, k, v = W_q x, W_k x, W_v x                  per head: q, k [K], v [V]
     g       = log sigmoid(W_2 W_1 x + b) / 16      log of the forget gate, [K]; low rank: W_1 has 16 rows
@@ -35,7 +35,7 @@ GATE_LOW_RANK_DIM = 16
 
 @dataclass(frozen=True)
 class GLALayerShape:
-    """Shape of one layer's token mixer; its state holds num_heads * head_k_dim * state_map * head_v_dim numbers."""
+    """One layer's token mixer; its state holds num_heads * head_k_dim * state_map * head_v_dim numbers."""
 
     num_heads: int
     head_k_dim: int
@@ -75,7 +75,8 @@ class GLAConfig(LanguageModelConfig):
         super().check()
         if self.num_kv_heads not in (None, self.num_heads):
             raise ValueError(
-                f"GLAConfig: num_kv_heads={self.num_kv_heads} is not supported; expected num_heads={self.num_heads}"
+                f"GLAConfig: num_kv_heads={self.num_kv_heads} is not supported; expected none, or "
+                f"num_heads={self.num_heads}"
             )
         if self.intermediate_size is None:
             self.intermediate_size = -(-int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3) // 256) * 256
@@ -122,7 +123,7 @@ class GLAMixer(nn.Module):
         output_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
-        """Residual stream [B, T, D] -> the stream with the mixer's output added, and the state [N, H, K, V]."""
+        """Residual stream [B, T, D] -> the stream with the mixer's output added; state [N, H, K, V]."""
         H, out_norm = self.shape.num_heads, self.g_norm_swish_gate
         inputs = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gk_proj[0])
         q, k, v, gate, low_rank, x = norm_linear(x, norm.weight, norm.eps, [part.weight for part in inputs])

@@ -1,4 +1,4 @@
-"""What all families share: tokens -> embeddings -> blocks -> norm -> head; the carried state; recomputation; saving.
+"""What all families share: embeddings -> blocks -> norm -> head; carried state; recomputation; saving.
 
 A family brings a config, a block and the names of its parameters (gla.py is the smallest one). Nothing here
 depends on what its token mixer computes.
@@ -82,7 +82,7 @@ class Trunk(nn.Module):
         update: bool,
         streams: list[Tensor] | None,
     ) -> Tensor:
-        """Residual stream [B, T, D] through all blocks; what goes into each block is appended to `streams`."""
+        """Residual stream [B, T, D] through all blocks; the input of each is appended to `streams`."""
         states = []
         for index, block in enumerate(self.layers):
             if streams is not None:
@@ -216,15 +216,15 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             input_ids: [B, T]; or inputs_embeds [B, T, D] instead.
             attention_mask: [B, T] (or longer, then its last T columns count), 0 for padding, which may be
                 anywhere: it touches neither state nor convolution.
-            labels: [B, T], shifted inside: position t is scored by its prediction of labels[t + 1]; -100 is skipped.
-            past_key_values: carried state; an empty `RecurrentCache()` begins one. Updated when use_cache is on.
-            use_cache: None means on with past_key_values, off in training and with labels, else as configured.
+            labels: [B, T], shifted inside: position t predicts labels[t + 1]; -100 is skipped.
+            past_key_values: carried state; an empty `RecurrentCache()` begins one. Updated with use_cache.
+            use_cache: None is on with past_key_values, off in training and with labels, else as configured.
             output_hidden_states: also return the embeddings, every block's output, and the normed last one.
-            logits_to_keep: return logits of this many last positions, or of these positions; 0 means of all, but
-                with labels only where there are no more than `SMALL_LOGITS` elements (None otherwise).
-            cu_seqlens: [N + 1] offsets of documents over all B * T tokens, row after row: state and convolution begin
-                anew at each; the first document of a row goes on from the carried state.
-            loss_reduction: `mean` over the counted positions, `sum`, or `none` ([B, T], 0 where nothing counts).
+            logits_to_keep: return logits of this many last positions, or of these positions; 0 means of all,
+                but with labels only where there are no more than `SMALL_LOGITS` elements (None otherwise).
+            cu_seqlens: [N + 1] offsets of documents over all B * T tokens, row after row: the state and the
+                convolution begin anew at each; the first document of a row goes on from the carried state.
+            loss_reduction: `mean` over the counted positions, `sum`, or `none` ([B, T], 0 where none counts).
 
         Raises:
             ValueError: inputs that do not fit together.
@@ -269,7 +269,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         return cache, use_cache
 
     def _half_precision(self, device_type: str) -> AbstractContextManager:
-        # a model in half precision runs exactly like an fp32 one under autocast: products are rounded, sums are not
+        # a half-precision model runs just like an fp32 one under autocast: products are rounded, sums are not
         dtype = self.trunk.embeddings.weight.dtype
         if dtype not in HALF or torch.is_autocast_enabled(device_type):
             return nullcontext()
@@ -301,8 +301,8 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
     ) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: this model has one cache, its "
-                "recurrent state; leave cache_implementation out"
+                f"cache_implementation={generation_config.cache_implementation!r}: this model has one cache, "
+                "its recurrent state; leave cache_implementation out"
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = RecurrentCache()
@@ -342,7 +342,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """transformers' `save_pretrained`, complete or not at all, with the code that rebuilds the model beside it.
+        """transformers' `save_pretrained`, whole or not at all, with the code that rebuilds the model.
 
         The folder loads with `AutoModelForCausalLM.from_pretrained`: as it is after `import models`, with
         `trust_remote_code=True` where this repository is not installed.

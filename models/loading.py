@@ -1,6 +1,6 @@
 """Building a model from a config, and loading checkpoints: published layouts and our own folders.
 
-Weights are read one tensor at a time into a model without storage, so that memory stays near one copy of them.
+Weights are read one tensor at a time into a model without storage: memory stays near one copy of them.
 """
 
 import json
@@ -32,7 +32,7 @@ def read_config(
         overrides: fields of the config to set, `vocab_size=4096` for one.
 
     Raises:
-        ValueError: no such file, no JSON, an unknown model_type, an unknown override, or something unsupported.
+        ValueError: no such file, no JSON, an unknown model_type or override, or something unsupported.
     """
     if isinstance(source, LanguageModelConfig):
         raw = source.to_dict()
@@ -77,10 +77,10 @@ def build_model(
 def load_pretrained(
     path: str | os.PathLike, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None
 ) -> LanguageModel:
-    """A model from a checkpoint folder: published GLA, transformers' or the original Mamba2, or our own (ckpt_N too).
+    """A model from a checkpoint folder: published GLA, transformers' or the original Mamba2, or our own.
 
     Args:
-        path: folder with config.json and the weights: *.safetensors or pytorch_model.bin, in one file or sharded.
+        path: folder with config.json and weights: *.safetensors or pytorch_model*.bin, sharded or not.
         dtype: of the parameters; None keeps what is stored. Norms and decays stay in fp32 in half precision.
         device: where to; None is the CPU.
 
@@ -178,7 +178,7 @@ def _fill(
     device: torch.device,
     folder: Path,
 ) -> None:
-    """Put the tensors in place of the model's empty parameters; every one must be there once, in its shape."""
+    """Put the tensors in place of the model's empty parameters; each must be there, in its shape."""
     expected = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     tied = model.config.tie_word_embeddings
     seen, problems, stored_head = set(), [], None

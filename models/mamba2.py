@@ -1,7 +1,7 @@
 """Mamba2 (Dao & Gu 2024, arXiv 2405.21060), as published in `state-spaces/mamba2-1.3b`.
 
-A layer is one token mixer behind an RMS norm, added to the residual stream. The mixer keeps one matrix S [P, N] a
-head; B and C play the part of keys and queries and are shared by the heads of a group (sections 5 and 6):
+A layer is one token mixer behind an RMS norm, added to the residual stream. The mixer keeps one matrix S
+[P, N] a head; B and C, the keys and queries, are shared by the heads of a group (section 7):
 
     z, x, B, C, dt = W_in u              u the normed stream; x [H, P], B and C [G, N], dt [H]
     x, B, C  = silu(conv(x, B, C))       causal convolution over the last W tokens, each channel by itself
@@ -45,7 +45,11 @@ class Mamba2LayerShape:
 
 
 class Mamba2Config(LanguageModelConfig):
-    """transformers' Mamba2 fields, and `layers`. transformers' initializer_range is never read (see `initialize_module`)."""
+    """transformers' Mamba2 fields, and `layers`.
+
+    transformers' initializer_range is never read: converted checkpoints carry 0.1 there, with which
+    no training began. `initialize_module` does what the authors do.
+    """
 
     model_type = "statex_mamba2"
     attribute_map: ClassVar[dict[str, str]] = {"norm_eps": "layer_norm_epsilon"}
@@ -87,7 +91,7 @@ class Mamba2Config(LanguageModelConfig):
 
 
 class Mamba2Mixer(KeepFp32):
-    """The token mixer: see the equations above. A_log, D and dt_bias stay in fp32 in a half-precision model."""
+    """The token mixer: see the equations above. A_log, D and dt_bias stay fp32 in a half-precision model."""
 
     def __init__(self, config: Mamba2Config, layer_idx: int) -> None:
         super().__init__()
@@ -120,7 +124,8 @@ class Mamba2Mixer(KeepFp32):
     ) -> tuple[Tensor, LayerState | None]:
         """Residual stream [B, T, D] -> the stream with the mixer's output added, and the carried state.
 
-        The state is `recurrent_state` [S, H, P, N] and `conv_state` [S, conv_dim, W - 1], the convolution's last inputs.
+        State: `recurrent_state` [S, H, P, N], and `conv_state` [S, conv_dim, W - 1], the convolution's last
+        inputs.
         """
         carried = {
             "output_final_state": output_state,
@@ -221,7 +226,7 @@ class Mamba2ForCausalLM(LanguageModel):
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias", "D", "norm", "norm_f"]
 
     def initialize_module(self, module: nn.Module, draw: Draw) -> None:
-        """The initialiser of the authors' mamba_ssm: memory of 10 to 1000 tokens, out_proj smaller in deep models."""
+        """As mamba_ssm does: heads that remember for a few tokens and for many, a small out_proj."""
         if isinstance(module, nn.Embedding):
             assign(module.weight, draw.normal(module.weight.shape, EMBEDDING_STD, module.weight))
         elif isinstance(module, RMSNorm):
@@ -234,7 +239,7 @@ class Mamba2ForCausalLM(LanguageModel):
 
 
 def initialize_projections(mixer: Mamba2Mixer, config: Mamba2Config, draw: Draw) -> None:
-    """Linear maps and convolution U(+-1/sqrt(fan_in)); out_proj divided by sqrt(layers) on top; linear biases 0."""
+    """U(+-1/sqrt(fan_in)), in out_proj divided by sqrt(layers); biases of linear maps 0."""
     shrink = math.sqrt(config.num_hidden_layers) if config.rescale_prenorm_residual else 1.0
     for projection, divisor in ((mixer.in_proj, 1.0), (mixer.out_proj, shrink)):
         weight = projection.weight
@@ -249,7 +254,7 @@ def initialize_projections(mixer: Mamba2Mixer, config: Mamba2Config, draw: Draw)
 
 
 def initialize_decay(mixer: Mamba2Mixer, config: Mamba2Config, draw: Draw) -> None:
-    """dt log-uniform in [time_step_min, time_step_max] through the inverse softplus, A uniform in [1, 16], D one."""
+    """dt log-uniform in [time_step_min, time_step_max] by the inverse softplus, A uniform in [1, 16], D 1."""
     low, high = math.log(config.time_step_min), math.log(config.time_step_max)
 
     def inverse_softplus(log_dt: Tensor) -> Tensor:

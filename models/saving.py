@@ -1,8 +1,8 @@
-"""Saving: folders that appear whole, with the code that rebuilds the model beside the weights; published layouts.
+"""Saving: folders that appear whole, with the code that rebuilds the model; published layouts.
 
-transformers loads code from a model folder by following flat relative imports only (`from .name import x` finds
-name.py beside the file). So the files of models/ that a model needs are copied under flat names, ops/gla.py as
-ops_gla.py, and their relative imports are rewritten.
+transformers loads code from a model folder by following flat relative imports only (`from .name import x`
+finds name.py beside the file). So the files of models/ that a model needs are copied under flat names, ops/gla.py
+as ops_gla.py, and their relative imports are rewritten.
 """
 
 import ast
@@ -76,10 +76,10 @@ def _flattened(file: Path, package: Path) -> tuple[str, list[Path]]:
 
 @contextmanager
 def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+    """A temporary folder beside `path` that becomes `path` when the block ends well, and else vanishes.
 
-    Where `path` exists its files are replaced one by one, weights first and config.json last, its old weights go, and
-    other files (a tokenizer, training state) stay.
+    Where `path` exists its files are replaced one by one, weights first and config.json last, its old weights
+    go, and other files (a tokenizer, training state) stay.
 
     Raises:
         ValueError: `path` is a file.
@@ -117,7 +117,7 @@ def _replace_files(new: Path, target: Path) -> None:
 
 
 def save_published(model: Any, folder: str | os.PathLike) -> None:
-    """Save an unexpanded model in the layout its family was published in, for transformers or flash-linear-attention.
+    """Save an unexpanded model in its family's published layout, for transformers or flash-linear-attention.
 
     Raises:
         ValueError: a layer is expanded; the published layouts have no place for that.
@@ -131,7 +131,7 @@ def save_published(model: Any, folder: str | os.PathLike) -> None:
     changed = [i for i in range(config.num_hidden_layers) if config.layer_shape(i) != uniform]
     if changed:
         raise ValueError(
-            f"layers {changed} are expanded, and the published layout cannot say so; use save_pretrained instead"
+            f"layers {changed} are expanded, which the published layout cannot say; use save_pretrained"
         )
     raw, tensors = family_of(config).write_published(model)
     if config.tie_word_embeddings:
