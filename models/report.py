@@ -205,6 +205,6 @@ def _bytes(number: float) -> str:
 def _short(number: float) -> str:
     for unit in ("", " k", " M", " G"):
         if number < 1000:
-            return f"{number:.4g}{unit}"
+            return f"{number:.1f}{unit}"
         number /= 1000
-    return f"{number:.4g} T"
+    return f"{number:.1f} T"
