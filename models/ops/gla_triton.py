@@ -1,0 +1,327 @@
+"""Chunked gated linear attention with this repository's Triton kernels: one autograd function around their launches.
+
+What differs from a chunk of 64 tokens everywhere (arXiv 2312.06635): states are stored once per 128 or 256 tokens and
+recomputed in the backward pass, so that a state of K = 1024 by V = 2048 costs about 1 GB at 65,536 tokens instead of
+several; decays are multiplied into the operands once, which leaves plain matrix products for everything of size K x V.
+"""
+
+import weakref
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from .kernel_configs import kernel_config
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError("models/ops/gla_triton.py needs triton") from error
+
+from .gla_triton_intra import intra_backward_kernel, prepare_kernel, scores_kernel
+from .gla_triton_state import dscores_kernel, grad_kernel, march_kernel, mix_kernel
+
+FEW_PROGRAMS = 96  # fewer tiles than this leave a third of an H100's 132 multiprocessors idle
+
+
+def gla_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    gate: tuple[float, float | None] | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`gla` for q, k [B, T, H, K] and v [B, T, H, V] of one 16- or 32-bit type, K and V powers of two from 16.
+
+    Args:
+        gate: (normalizer, lower bound or None): g then holds gate logits, and the log decay is
+            max(logsigmoid(g) / normalizer, lower bound).
+        keep: keep decayed operands and states for the backward pass instead of recomputing them: faster by a
+            quarter of the backward pass; for layers that are recomputed as a whole.
+    """
+    settings = settings_for(q, v)
+    layout = chunk_layout(q.shape[0], q.shape[1], cu_seqlens, settings["chunk"]["size"], q.device)
+    q, k, v, g = (x.contiguous() for x in (q, k, v, g))
+    options = Options(scale, gate, output_final_state, keep)
+    return _ChunkedGLA.apply(q, k, v, g, initial_state, layout, options, settings)
+
+
+def supports(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels cover this shape and type."""
+    sizes = (q.shape[-1], v.shape[-1])
+    return v.dtype in (torch.bfloat16, torch.float16, torch.float32) and all(
+        16 <= n <= 4096 and n & (n - 1) == 0 for n in sizes
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    scale: float
+    gate: tuple[float, float | None] | None  # (normalizer, lower bound) when g holds logits
+    output_final_state: bool
+    keep: bool
+
+
+# ----------------------------------------------------------------------------------------- chunks of sequences
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Chunks of at most `size` tokens, none across two sequences, over all tokens laid end to end."""
+
+    size: int
+    num_sequences: int
+    num_chunks: int
+    chunks: Tensor  # [chunks, 2]: first token, end of its sequence
+    bounds: Tensor  # [N + 1]: first token of each sequence
+    chunk_bounds: Tensor  # [N + 1]: first chunk of each sequence
+
+
+def chunk_layout(B: int, T: int, cu_seqlens: Tensor | None, size: int, device: torch.device) -> ChunkLayout:
+    """The layout of a batch, remembered: building it copies from the host, and for cu_seqlens waits for the device."""
+    if cu_seqlens is None:
+        return _dense_layout(B, T, size, device)
+    for reference, version, known, layout in _recent:
+        if reference() is cu_seqlens and version == cu_seqlens._version and known == size:
+            return layout
+    layout = _build_layout(cu_seqlens.tolist(), size, device)
+    _recent.insert(0, (weakref.ref(cu_seqlens), cu_seqlens._version, size, layout))
+    del _recent[8:]
+    return layout
+
+
+_recent: list[tuple[weakref.ref, int, int, ChunkLayout]] = []
+
+
+@lru_cache(maxsize=32)
+def _dense_layout(B: int, T: int, size: int, device: torch.device) -> ChunkLayout:
+    return _build_layout([n * T for n in range(B + 1)], size, device)
+
+
+def _build_layout(bounds: list[int], size: int, device: torch.device) -> ChunkLayout:
+    chunks = [(token, end) for start, end in pairwise(bounds) for token in range(start, end, size)]
+    counts = [-(-(end - start) // size) for start, end in pairwise(bounds)]
+    tables = (torch.tensor(x, dtype=torch.int32) for x in (chunks, bounds, [0, *accumulate(counts)]))
+    return ChunkLayout(size, len(counts), len(chunks), *(table.to(device, non_blocking=True) for table in tables))
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+def settings_for(q: Tensor, v: Tensor) -> dict[str, dict]:
+    """Tile sizes, warps and stages of every kernel for this shape, tuned ones over the built-in."""
+    B, _, H, K = q.shape
+    return _settings(B * H, H, K, v.shape[-1], v.element_size(), q.device)
+
+
+@lru_cache(maxsize=None)
+def _settings(heads: int, H: int, K: int, V: int, bytes_each: int, device: torch.device) -> dict[str, dict]:
+    wide = bytes_each == 4
+    default = _default_wide(K, V) if wide else _default(heads, K, V)
+    return kernel_config("gla", f"K{K}-V{V}-H{H}-{8 * bytes_each}bit", default, device)
+
+
+def _default(heads: int, K: int, V: int) -> dict[str, dict]:
+    """16-bit operands."""
+    march = next(
+        (BK, BV, warps)
+        for BK, BV, warps in ((128, 128, 8), (64, 128, 4), (64, 64, 4))
+        if (heads * K * V) // (BK * BV) >= FEW_PROGRAMS or BK * BV == 64 * 64
+    )
+    return {
+        "chunk": {"size": 256 if K * V >= 1 << 20 else 128},
+        "prepare": {"BK": min(64, K), "num_warps": 4, "num_stages": 2},
+        "march": {
+            "BK": min(march[0], K),
+            "BV": min(march[1], V),
+            "BT": 64,
+            "num_warps": march[2],
+            "num_stages": 4,
+        },
+        "scores": {"BK": min(64, K), "num_warps": 4, "num_stages": 2},
+        "mix": {
+            "BM": 128,
+            "BK": min(64, K),
+            "BV": min(256, V),
+            "BN": 64,
+            "num_warps": 8,
+            "num_stages": 3,
+        },
+        "grad": {"BM": 128, "BK": min(128, K), "BV": min(64, V), "num_warps": 8, "num_stages": 3},
+        "dscores": {"BM": 128, "BV": min(64, V), "num_warps": 8, "num_stages": 3},
+        "intra_backward": {"BK": min(64, K), "num_warps": 4, "num_stages": 1},
+    }
+
+
+def _default_wide(K: int, V: int) -> dict[str, dict]:
+    """32-bit operands: half the tile, so that it fits; a path for tests and comparisons, not for speed."""
+    tile_k, tile_v = min(64, K), min(64, V)
+    return {
+        "chunk": {"size": 128},
+        "prepare": {"BK": tile_k, "num_warps": 4, "num_stages": 2},
+        "march": {"BK": tile_k, "BV": tile_v, "BT": 32, "num_warps": 4, "num_stages": 2},
+        "scores": {"BK": min(32, K), "num_warps": 4, "num_stages": 1},
+        "mix": {"BM": 64, "BK": min(32, K), "BV": tile_v, "BN": 32, "num_warps": 4, "num_stages": 2},
+        "grad": {"BM": 64, "BK": tile_k, "BV": min(32, V), "num_warps": 4, "num_stages": 2},
+        "dscores": {"BM": 64, "BV": min(32, V), "num_warps": 4, "num_stages": 2},
+        "intra_backward": {"BK": min(32, K), "num_warps": 4, "num_stages": 1},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- launches
+
+
+class Launcher:
+    """The kernels at one shape, one method each: allocates what a kernel writes and launches it."""
+
+    def __init__(self, q: Tensor, v: Tensor, layout: ChunkLayout, options: Options, settings: dict) -> None:
+        self.H, self.K, self.V = q.shape[2], q.shape[3], v.shape[3]
+        self.layout, self.options, self.settings, self.like = layout, options, settings, q
+        # three tf32 products make one of nearly float32 precision; 16-bit operands ignore it
+        self.precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+        normalizer, lower = options.gate or (1.0, None)
+        self.gate = (normalizer, 0.0 if lower is None else lower)
+        self.gate_flags = {"GATED": options.gate is not None, "CLAMP": lower is not None}
+
+    def prepare(self, q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """queries, keys, b [B, T, H, K] and the chunks' totals [chunks, H, K]."""
+        settings, layout = self.settings["prepare"], self.layout
+        queries, keys = torch.empty_like(q), torch.empty_like(k)
+        b = torch.empty_like(q, dtype=torch.float32)
+        total = b.new_empty(layout.num_chunks, self.H, self.K)
+        grid = (self.K // settings["BK"], layout.num_chunks, self.H)
+        prepare_kernel[grid](
+            q, k, g, queries, keys, b, total, layout.chunks, self.options.scale, *self.gate,
+            H=self.H, K=self.K, C=layout.size, **self.gate_flags, **settings,
+        )  # fmt: skip
+        return queries, keys, b, total
+
+    def scores(self, q: Tensor, k: Tensor, b: Tensor) -> Tensor:
+        settings, layout = self.settings["scores"], self.layout
+        scores = q.new_empty(*q.shape[:3], layout.size)
+        blocks = layout.size // 64
+        scores_kernel[blocks, layout.num_chunks * blocks, self.H](
+            q, k, b, scores, layout.chunks, self.options.scale,
+            H=self.H, K=self.K, C=layout.size, PRECISION=self.precision, **settings,
+        )  # fmt: skip
+        return scores
+
+    def march(
+        self, x: Tensor, y: Tensor, total: Tensor, first: Tensor | None, store_last: bool, reverse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """States in front of each chunk [chunks, H, K, V], and the last one [N, H, K, V] in float32."""
+        settings, layout = self.settings["march"], self.layout
+        states = x.new_empty(layout.num_chunks, self.H, self.K, self.V)
+        shape = (layout.num_sequences, self.H, self.K, self.V)
+        last = x.new_empty(shape, dtype=torch.float32) if store_last else None
+        grid = (self.V // settings["BV"], self.K // settings["BK"], layout.num_sequences * self.H)
+        march_kernel[grid](
+            x, y, total, states, first, last, layout.bounds, layout.chunk_bounds,
+            H=self.H, K=self.K, V=self.V, C=layout.size, REVERSE=reverse, HAS_FIRST=first is not None,
+            STORE_LAST=store_last, PRECISION=self.precision, **settings,
+        )  # fmt: skip
+        return states, last
+
+    def mix(self, x: Tensor, states: Tensor, scores: Tensor, y: Tensor, transposed: bool) -> Tensor:
+        settings, layout = self.settings["mix"], self.layout
+        out = torch.empty_like(y)
+        grid = (self.V // settings["BV"], layout.num_chunks * (layout.size // settings["BM"]), self.H)
+        mix_kernel[grid](
+            x, states, scores, y, out, layout.chunks,
+            H=self.H, K=self.K, V=self.V, C=layout.size, TRANSPOSED=transposed, PRECISION=self.precision,
+            **settings,
+        )  # fmt: skip
+        return out
+
+    def grad(self, do: Tensor, v: Tensor, states: Tensor, dstates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the decayed queries and keys in float32, and sum over V of states * dstates."""
+        settings, layout = self.settings["grad"], self.layout
+        dqueries = torch.empty_like(self.like, dtype=torch.float32)
+        dkeys = torch.empty_like(dqueries)
+        product = dqueries.new_empty(layout.num_chunks, self.H, self.K)
+        grid = (self.K // settings["BK"], layout.num_chunks * (layout.size // settings["BM"]), self.H)
+        grad_kernel[grid](
+            do, v, states, dstates, dqueries, dkeys, product, layout.chunks,
+            H=self.H, K=self.K, V=self.V, C=layout.size, PRECISION=self.precision, **settings,
+        )  # fmt: skip
+        return dqueries, dkeys, product
+
+    def dscores(self, do: Tensor, v: Tensor) -> Tensor:
+        settings, layout = self.settings["dscores"], self.layout
+        dscores = do.new_empty(*do.shape[:3], layout.size)
+        tiles = layout.size // settings["BM"]
+        dscores_kernel[tiles, layout.num_chunks * tiles, self.H](
+            do, v, dscores, layout.chunks, self.options.scale,
+            H=self.H, V=self.V, C=layout.size, PRECISION=self.precision, **settings,
+        )  # fmt: skip
+        return dscores
+
+    def intra_backward(self, q, k, g, b, total, dscores, dqueries, dkeys, product) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and the gradient of g (of its logits when gated)."""
+        settings, layout = self.settings["intra_backward"], self.layout
+        dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
+        intra_backward_kernel[self.K // settings["BK"], layout.num_chunks, self.H](
+            q, k, g, b, total, dscores, dqueries, dkeys, product, dq, dk, dg, layout.chunks,
+            self.options.scale, *self.gate,
+            H=self.H, K=self.K, C=layout.size, PRECISION=self.precision, **self.gate_flags, **settings,
+        )  # fmt: skip
+        return dq, dk, dg
+
+
+class _ChunkedGLA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, initial_state, layout, options, settings):
+        launch = Launcher(q, v, layout, options, settings)
+        first = None if initial_state is None else initial_state.contiguous()
+        with _device_of(q):
+            queries, keys, b, total = launch.prepare(q, k, g)
+            scores = launch.scores(q, k, b)
+            states, last = launch.march(keys, v, total, first, options.output_final_state, reverse=False)
+            o = launch.mix(queries, states, scores, v, transposed=False)
+        kept = (queries, keys, b, total, scores, states) if options.keep else ()
+        ctx.save_for_backward(q, k, v, g, first, *kept)
+        ctx.layout, ctx.options, ctx.settings = layout, options, settings
+        ctx.state_dtype = None if initial_state is None else initial_state.dtype
+        return o, last
+
+    @staticmethod
+    def backward(ctx, do, dlast):
+        q, k, v, g, first, *kept = ctx.saved_tensors
+        launch = Launcher(q, v, ctx.layout, ctx.options, ctx.settings)
+        do = do.contiguous()
+        with _device_of(q):
+            if kept:
+                queries, keys, b, total, scores, states = kept
+            else:
+                queries, keys, b, total = launch.prepare(q, k, g)
+                scores = launch.scores(q, k, b)
+                states, _ = launch.march(keys, v, total, first, False, reverse=False)
+            dlast = None if dlast is None else dlast.contiguous()
+            wants_first = ctx.needs_input_grad[4]
+            dstates, dfirst = launch.march(queries, do, total, dlast, wants_first, reverse=True)
+            dv = launch.mix(keys, dstates, scores, do, transposed=True)
+            del scores, queries, keys
+            dqueries, dkeys, product = launch.grad(do, v, states, dstates)
+            del states, dstates
+            dscores = launch.dscores(do, v)
+            dq, dk, dg = launch.intra_backward(q, k, g, b, total, dscores, dqueries, dkeys, product)
+        return dq, dk, dv, dg, dfirst.to(ctx.state_dtype) if wants_first else None, None, None, None
+
+
+def _device_of(x: Tensor):
+    # Triton launches on the current device, which need not be the tensors' one
+    return torch.cuda.device(x.device) if x.is_cuda else _Nothing()
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_) -> None: ...

@@ -1,0 +1,275 @@
+"""Triton kernels of chunked GLA within a chunk: decays, scores, and the last step of the backward pass.
+
+Log decays are kept in base 2 and summed from the start of blocks of 64 tokens: b_i = log2(e) (g_1 + ... + g_i). No
+kernel relies on a decay's inverse being finite. Between two blocks the keys decay to the end of theirs and the queries
+from the start of theirs. Within a block the exponents are taken around its middle row as long as the block decays by
+less than 2^-100; a stronger one is halved six times, later half against earlier half (`gla.decayed_scores` is the twin).
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("models/ops/gla_triton_intra.py needs triton") from error
+
+BLOCK = tl.constexpr(64)
+LEVELS = tl.constexpr(6)  # BLOCK = 2 ** LEVELS
+MILD = tl.constexpr(-100.0)  # log2 of the decay over a block up to which its inverse is used; float32 ends at 127
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _log_decay(x, inside, normalizer, clamp_min, GATED: tl.constexpr, CLAMP: tl.constexpr):
+    """Base-2 log decay of each token from the natural one, or from the gate's logits; 0 outside the sequence."""
+    if GATED:
+        x = (tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))) / normalizer
+        if CLAMP:
+            x = tl.maximum(x, clamp_min)
+    return tl.where(inside, x, 0.0) * LOG2_E
+
+
+@triton.jit
+def prepare_kernel(
+    q_ptr, k_ptr, g_ptr, queries_ptr, keys_ptr, b_ptr, total_ptr, chunks_ptr, scale, normalizer, clamp_min,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    GATED: tl.constexpr, CLAMP: tl.constexpr,
+):  # fmt: skip
+    """queries = scale q decayed from the chunk's start, keys = k decayed to its end, b, total: [T or chunks, H, K]."""
+    i_c, i_h = tl.program_id(1), tl.program_id(2)
+    start, end = tl.load(chunks_ptr + 2 * i_c), tl.load(chunks_ptr + 2 * i_c + 1)
+    length = tl.minimum(C, end - start)
+    column = tl.program_id(0) * BK + tl.arange(0, BK)
+    row = tl.arange(0, BLOCK)
+    base = (start.to(tl.int64) * H + i_h) * K + row[:, None] * (H * K) + column[None, :]
+
+    total = tl.zeros([BK], dtype=tl.float32)
+    for first in range(0, length, BLOCK):
+        inside = (first + row < length)[:, None]
+        at = base + first * (H * K)
+        g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.cumsum(_log_decay(g, inside, normalizer, clamp_min, GATED, CLAMP), axis=0)
+        q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(b_ptr + at, b, mask=inside)
+        q = q * scale * tl.exp2(b + total[None, :])
+        tl.store(queries_ptr + at, q.to(queries_ptr.dtype.element_ty), mask=inside)
+        total += tl.min(b, axis=0)  # b falls: its least value is the last
+    tl.store(total_ptr + (i_c.to(tl.int64) * H + i_h) * K + column, total)
+
+    after = tl.zeros([BK], dtype=tl.float32)
+    blocks = tl.cdiv(length, BLOCK)
+    for i in range(blocks):
+        first = (blocks - 1 - i) * BLOCK
+        inside = (first + row < length)[:, None]
+        at = base + first * (H * K)
+        g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.cumsum(_log_decay(g, inside, normalizer, clamp_min, GATED, CLAMP), axis=0)
+        block_total = tl.min(b, axis=0)
+        k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        k = k * tl.exp2(block_total[None, :] - b + after[None, :])
+        tl.store(keys_ptr + at, k.to(keys_ptr.dtype.element_ty), mask=inside)
+        after += block_total
+
+
+@triton.jit
+def _around(b, b_at, row, length, LEVEL: tl.constexpr, stride: tl.constexpr):
+    """Exponents (of queries, of keys) of one halving: later and earlier half against the boundary between them.
+
+    Rows of the other half get -inf. `b_at` points at the block's first row.
+    """
+    half: tl.constexpr = BLOCK >> (LEVEL + 1)
+    edge = tl.minimum((row // (2 * half)) * (2 * half) + half - 1, length - 1)
+    boundary = tl.load(b_at + edge[:, None] * stride)
+    later = ((row // half) % 2 == 1)[:, None]
+    gap = b - boundary
+    return tl.where(later, tl.minimum(gap, 0.0), -float("inf")), tl.where(
+        later, -float("inf"), tl.minimum(-gap, 0.0)
+    )
+
+
+@triton.jit
+def _same_group(row, LEVEL: tl.constexpr):
+    size: tl.constexpr = BLOCK >> LEVEL
+    return (row // size)[:, None] == (row // size)[None, :]
+
+
+@triton.jit
+def scores_kernel(
+    q_ptr, k_ptr, b_ptr, scores_ptr, chunks_ptr, scale,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scores [T, H, C] = scale q_i k_j exp(decay from j to i) within each chunk, zero for keys behind the query."""
+    blocks: tl.constexpr = C // BLOCK
+    i_n = tl.program_id(0)
+    i_c, i_m, i_h = tl.program_id(1) // blocks, tl.program_id(1) % blocks, tl.program_id(2)
+    start, end = tl.load(chunks_ptr + 2 * i_c), tl.load(chunks_ptr + 2 * i_c + 1)
+    length = tl.minimum(C, end - start) - i_m * BLOCK  # valid rows of this block
+    if length > 0:
+        row, along_k = tl.arange(0, BLOCK), tl.arange(0, BK)
+        inside = (row < length)[:, None]
+        head = start.to(tl.int64) * H + i_h
+        in_block = row[:, None] * (H * K) + along_k[None, :]
+        q_block = head * K + i_m * BLOCK * (H * K)
+        k_block = head * K + i_n * BLOCK * (H * K)
+        last = (BLOCK - 1) * (H * K)
+        acc = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+        if i_n < i_m:
+            for n in range(0, K, BK):
+                q = tl.load(q_ptr + q_block + in_block + n, mask=inside, other=0.0)
+                b = tl.load(b_ptr + q_block + in_block + n, mask=inside, other=0.0)
+                k = tl.load(k_ptr + k_block + in_block + n)
+                b_key = tl.load(b_ptr + k_block + in_block + n)
+                gap = tl.load(b_ptr + k_block + last + n + along_k)  # to the end of the key's block
+                between = tl.zeros([BK], dtype=tl.float32)
+                for j in range(i_n + 1, i_m):
+                    between += tl.load(b_ptr + head * K + (j * BLOCK) * (H * K) + last + n + along_k)
+                query = (q.to(tl.float32) * tl.exp2(b)).to(q.dtype)
+                key = (k.to(tl.float32) * tl.exp2(gap[None, :] - b_key + between[None, :])).to(q.dtype)
+                acc = tl.dot(query, tl.trans(key), acc, input_precision=PRECISION)
+        if i_n == i_m:
+            for n in range(0, K, BK):
+                q = tl.load(q_ptr + q_block + in_block + n, mask=inside, other=0.0).to(tl.float32)
+                k = tl.load(k_ptr + q_block + in_block + n, mask=inside, other=0.0).to(tl.float32)
+                b = tl.load(b_ptr + q_block + in_block + n, mask=inside, other=0.0)
+                if tl.min(b) > MILD:
+                    middle = tl.minimum(BLOCK // 2 - 1, length - 1) * (H * K)
+                    center = tl.load(b_ptr + q_block + middle + n + along_k)
+                    query = (q * tl.exp2(b - center[None, :])).to(q_ptr.dtype.element_ty)
+                    key = (k * tl.exp2(center[None, :] - b)).to(q_ptr.dtype.element_ty)
+                    acc = tl.dot(query, tl.trans(key), acc, input_precision=PRECISION)
+                else:
+                    acc += tl.where(row[:, None] == row[None, :], tl.sum(q * k, axis=1)[:, None], 0.0)
+                    b_at = b_ptr + q_block + n + along_k[None, :]
+                    for level in tl.static_range(LEVELS):
+                        of_q, of_k = _around(b, b_at, row, length, level, H * K)
+                        query = (q * tl.exp2(of_q)).to(q_ptr.dtype.element_ty)
+                        key = (k * tl.exp2(of_k)).to(q_ptr.dtype.element_ty)
+                        part = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+                        acc += tl.where(_same_group(row, level), part, 0.0)
+            acc = tl.where(row[:, None] >= row[None, :], acc, 0.0)
+        column = i_n * BLOCK + row
+        out_at = scores_ptr + (head + i_m * BLOCK * H) * C + row[:, None] * (H * C) + column[None, :]
+        tl.store(out_at, (acc * scale).to(scores_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _within_block(dscores, q, k, b, b_at, row, length, dtype, stride: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of q and k through a block's own scores, each decayed: the diagonal left out."""
+    dscores = tl.where(row[:, None] > row[None, :], dscores, 0.0)
+    dq, dk = tl.zeros_like(q), tl.zeros_like(k)
+    if tl.min(b) > MILD:
+        center = tl.load(b_at + tl.minimum(BLOCK // 2 - 1, length - 1) * stride)  # [1, BK]
+        of_q, of_k = tl.exp2(b - center), tl.exp2(center - b)
+        ds = dscores.to(dtype)
+        dq += tl.dot(ds, (k * of_k).to(dtype), input_precision=PRECISION) * of_q
+        dk += tl.dot(tl.trans(ds), (q * of_q).to(dtype), input_precision=PRECISION) * of_k
+    else:
+        for level in tl.static_range(LEVELS):
+            of_q, of_k = _around(b, b_at, row, length, level, stride)
+            of_q, of_k = tl.exp2(of_q), tl.exp2(of_k)
+            ds = tl.where(_same_group(row, level), dscores, 0.0).to(dtype)
+            dq += tl.dot(ds, (k * of_k).to(dtype), input_precision=PRECISION) * of_q
+            dk += tl.dot(tl.trans(ds), (q * of_q).to(dtype), input_precision=PRECISION) * of_k
+    return dq, dk
+
+
+@triton.jit
+def intra_backward_kernel(
+    q_ptr, k_ptr, g_ptr, b_ptr, total_ptr, dscores_ptr, dqueries_ptr, dkeys_ptr, product_ptr,
+    dq_ptr, dk_ptr, dg_ptr, chunks_ptr, scale, normalizer, clamp_min,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    GATED: tl.constexpr, CLAMP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dg [T, H, K] of one chunk: the parts from within the chunk, joined with those through the states.
+
+    A gate at token t touches whatever crosses it, so (arXiv 2312.06635, section C) its gradient is a running sum:
+    dg_t = sum over s >= t of (q_s dq_s - k_s dk_s), plus all that leaves the chunk: the sums of k dk through the state
+    behind it, and of the state in front times its gradient. Pairs of a token with itself have no decay and stay out.
+    """
+    i_c, i_h = tl.program_id(1), tl.program_id(2)
+    start, end = tl.load(chunks_ptr + 2 * i_c), tl.load(chunks_ptr + 2 * i_c + 1)
+    chunk_length = tl.minimum(C, end - start)
+    blocks = tl.cdiv(chunk_length, BLOCK)
+    row, column = tl.arange(0, BLOCK), tl.program_id(0) * BK + tl.arange(0, BK)
+    head = start.to(tl.int64) * H + i_h
+    base = head * K + column[None, :]
+    in_block = row[:, None] * (H * K)
+    in_scores = row[:, None] * (H * C) + row[None, :]
+    block_stride: tl.constexpr = BLOCK * H * K
+    dtype = q_ptr.dtype.element_ty
+
+    chunk_at = (i_c.to(tl.int64) * H + i_h) * K + column
+    carried = tl.exp2(tl.load(total_ptr + chunk_at)) * tl.load(product_ptr + chunk_at)
+    after = tl.zeros([BK], dtype=tl.float32)  # log decay from the end of a block to the end of the chunk
+    for step in range(blocks):
+        i = blocks - 1 - step
+        length = tl.minimum(BLOCK, chunk_length - i * BLOCK)
+        at, inside = base + i * block_stride + in_block, (row < length)[:, None]
+        k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + at, mask=inside, other=0.0)
+        dkeys = tl.load(dkeys_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        block_total = tl.min(b, axis=0)
+        carried += tl.sum(k * dkeys * tl.exp2(tl.minimum(block_total[None, :] - b, 0.0) + after[None, :]), axis=0)
+        after += block_total
+
+    after = tl.zeros([BK], dtype=tl.float32)
+    for step in range(blocks):
+        i = blocks - 1 - step
+        length = tl.minimum(BLOCK, chunk_length - i * BLOCK)
+        at, inside = base + i * block_stride + in_block, (row < length)[:, None]
+        b = tl.load(b_ptr + at, mask=inside, other=0.0)
+        block_total = tl.min(b, axis=0)
+
+        dq = tl.zeros([BLOCK, BK], dtype=tl.float32)
+        before = tl.zeros([BK], dtype=tl.float32)
+        for back in range(i):
+            j = i - 1 - back
+            key_at = base + j * block_stride + in_block
+            b_key = tl.load(b_ptr + key_at)
+            key_total = tl.min(b_key, axis=0)
+            key = tl.load(k_ptr + key_at).to(tl.float32) * tl.exp2(key_total[None, :] - b_key + before[None, :])
+            ds_at = dscores_ptr + (head + i * BLOCK * H) * C + j * BLOCK + in_scores
+            ds = tl.load(ds_at, mask=inside, other=0.0)
+            dq = tl.dot(ds, key.to(dtype), dq, input_precision=PRECISION)
+            before += key_total
+        dqueries = tl.load(dqueries_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dq = (dq + dqueries * (tl.exp2(before) * scale)[None, :]) * tl.exp2(b)
+
+        dk = tl.zeros([BLOCK, BK], dtype=tl.float32)
+        between = tl.zeros([BK], dtype=tl.float32)
+        for ahead in range(step):
+            j = i + 1 + ahead
+            query_at = base + j * block_stride + in_block
+            there = (j * BLOCK + row < chunk_length)[:, None]
+            b_query = tl.load(b_ptr + query_at, mask=there, other=0.0)
+            query = tl.load(q_ptr + query_at, mask=there, other=0.0).to(tl.float32)
+            query = query * tl.exp2(b_query + between[None, :])
+            ds_at = dscores_ptr + (head + j * BLOCK * H) * C + i * BLOCK + in_scores
+            ds = tl.load(ds_at, mask=there, other=0.0)
+            dk = tl.dot(tl.trans(ds), query.to(dtype), dk, input_precision=PRECISION)
+            between += tl.min(b_query, axis=0)
+        dkeys = tl.load(dkeys_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dk = (dk + dkeys * tl.exp2(between)[None, :]) * tl.exp2(tl.minimum(block_total[None, :] - b, 0.0))
+
+        q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        ds_at = dscores_ptr + (head + i * BLOCK * H) * C + i * BLOCK + in_scores
+        ds = tl.load(ds_at, mask=inside, other=0.0).to(tl.float32)
+        b_at = b_ptr + base + i * block_stride
+        dq_block, dk_block = _within_block(ds, q, k, b, b_at, row, length, dtype, H * K, PRECISION)
+        dq, dk = dq + dq_block, dk + dk_block
+
+        crossing = tl.where(inside, q * dq - k * dk, 0.0)
+        dg = carried[None, :] + tl.cumsum(crossing, axis=0, reverse=True)
+        carried += tl.sum(crossing, axis=0)
+        if GATED:
+            x = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if CLAMP:
+                y = (tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))) / normalizer
+                dg = tl.where(y > clamp_min, dg, 0.0)
+            dg = dg * tl.sigmoid(-x) / normalizer
+        tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=inside)
+
+        own = tl.sum(tl.where(row[:, None] == row[None, :], ds, 0.0), axis=1)[:, None]
+        tl.store(dq_ptr + at, (dq + own * k).to(dtype), mask=inside)
+        tl.store(dk_ptr + at, (dk + own * q).to(dtype), mask=inside)
