@@ -170,8 +170,8 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """What the backward pass computes again instead of keeping it, for all layers or one by one.
 
         Args:
-            levels: `none`; `mixer`, the token mixer with the norm in front of it; `mlp`, likewise the MLP where
-                layers have one; `full`, both. A list names one level a layer.
+            levels: `none`; `mixer`, the token mixer with the norm in front of it; `mlp`, likewise the MLP;
+                `full`, the whole layer. Layers without an MLP know none and full. A list: one level a layer.
         """
         levels = [levels] * len(self.blocks) if isinstance(levels, str) else list(levels)
         if len(levels) != len(self.blocks):

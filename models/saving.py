@@ -1,8 +1,8 @@
 """Saving: folders that appear whole, with the code that rebuilds the model; published layouts.
 
 transformers loads code from a model folder by following flat relative imports only (`from .name import x`
-finds name.py beside the file). So the files of models/ that a model needs are copied under flat names, ops/gla.py
-as ops_gla.py, and their relative imports are rewritten.
+finds name.py beside the file). So the files of models/ that a model needs are copied under flat names,
+ops/gla.py as ops_gla.py, and their relative imports are rewritten.
 """
 
 import ast
