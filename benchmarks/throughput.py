@@ -1,12 +1,12 @@
 """Training throughput of the 1.3B models on one GPU, beside the plain flash-linear-attention loop.
 
     python -m benchmarks.throughput [rows=gla-lpt,gla-statex,...] [length=65536] [steps=5] [memory_gb=80]
-                                    [output=throughput.json]
+                                    [output=throughput.json] [profile=false]
 
 Every row runs in this one process, on random tokens, from random weights: a step is forward, backward,
 clipping and AdamW. Rows named `fla-*` are flash-linear-attention's own models in a plain loop with bf16
 parameters and every layer recomputed; all others are this repository's, with fp32 parameters and moments,
-bf16 products and automatic recomputation. `memory_gb` caps what a row may take, so that a larger card answers
+bf16 products and automatic recomputation. `profile=true` adds each row's kernels, by share of one step. `memory_gb` caps what a row may take, so that a larger card answers
 for an 80 GB one. Prints a table and writes the same figures, with versions and the card's name, as JSON.
 """
 
@@ -70,32 +70,48 @@ def fla_mamba2() -> tuple[nn.Module, str]:
         return _fla(Mamba2ForCausalLM(Mamba2Config(**shape)))
 
 
-def ours(family: str, length: int, **expansion: object) -> tuple[nn.Module, str]:
+def ours(family: str, length: int, memory: float, **expansion: object) -> tuple[nn.Module, str]:
     """This repository's 1.3B model, expanded or not, as `train.py` prepares it."""
     from models import build_model, expand_state
-    from training.recompute import choose_recompute
+    from training.activation_probe import measured_levels
 
-    model = build_model(f"configs/models/{family}-1.3B.json", device="cuda")
+    model = build_model(f"configs/models/{family}-1.3B.json", device="meta")
     if expansion:
         expand_state(model, **expansion)
+    _fill(model.to_empty(device="cuda"))
     model.train()
-    levels = choose_recompute(model, tokens=length, setting="auto")
+    fixed = 16 * sum(p.numel() for p in model.parameters())  # fp32 weights, gradients and two moments
+    levels = measured_levels(model, length, memory, fixed, autocast=True)
     model.set_recompute(levels)
     return model, ", ".join(f"{levels.count(level)} {level}" for level in dict.fromkeys(levels))
 
 
-def rows(length: int) -> dict[str, Callable[[], tuple[nn.Module, str]]]:
+@torch.no_grad()
+def _fill(model: nn.Module) -> None:
+    """Random weights drawn on the GPU: `model.initialize` draws on the CPU, reproducibly but slowly."""
+    from models.draw import Draw
+
+    draw = Draw(0)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.normal_(std=0.02)
+        if sum(p.numel() for p in module.parameters(recurse=False)) < 2**20:
+            model.initialize_module(module, draw)
+    model.tie_weights()
+
+
+def rows(length: int, memory: float) -> dict[str, Callable[[], tuple[nn.Module, str]]]:
     """All rows of the table, by name."""
     return {
         "fla-gla": fla_gla,
         "fla-gla-one-head": lambda: fla_gla(num_heads=1),
-        "gla-lpt": lambda: ours("gla", length),
-        "gla-statex": lambda: ours("gla", length, drop_prop=6, drop_mode="gla"),
-        "gla-one-head": lambda: ours("gla", length, drop_prop=1, drop_mode="gla"),
+        "gla-lpt": lambda: ours("gla", length, memory),
+        "gla-statex": lambda: ours("gla", length, memory, drop_prop=6, drop_mode="gla"),
+        "gla-one-head": lambda: ours("gla", length, memory, drop_prop=1, drop_mode="gla"),
         "fla-mamba2": fla_mamba2,
-        "mamba2-lpt": lambda: ours("mamba2", length),
-        "mamba2-statex": lambda: ours("mamba2", length, drop_prop=6, drop_mode="mamba4"),
-        "mamba2-all": lambda: ours("mamba2", length, drop_prop=1, drop_mode="mamba4"),
+        "mamba2-lpt": lambda: ours("mamba2", length, memory),
+        "mamba2-statex": lambda: ours("mamba2", length, memory, drop_prop=6, drop_mode="mamba4"),
+        "mamba2-all": lambda: ours("mamba2", length, memory, drop_prop=1, drop_mode="mamba4"),
     }
 
 
@@ -112,7 +128,30 @@ def train_step(
     return loss.item()
 
 
-def measure(name: str, build: Callable[[], tuple[nn.Module, str]], length: int, steps: int) -> Row:
+def print_kernels(step: Callable[[], float], most: int = 30) -> None:
+    """Runs `step` under the profiler and prints its kernels by total time."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        torch.cuda.synchronize()
+    kernels = [
+        event
+        for event in profiler.key_averages()
+        if event.self_device_time_total > 0 and event.device_type.name == "CUDA"
+    ]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in kernels)
+    print(f"kernels of one step, {total / 1e3:.0f} ms in all:")
+    for event in kernels[:most]:
+        share = event.self_device_time_total / total
+        print(
+            f"  {event.self_device_time_total / 1e3:8.1f} ms {share:6.1%} {event.count:5d}  {event.key[:90]}"
+        )
+
+
+def measure(
+    name: str, build: Callable[[], tuple[nn.Module, str]], length: int, steps: int, profile: bool
+) -> Row:
     """Builds the model of a row, takes two warm-up steps and `steps` timed ones."""
     torch.manual_seed(0)
     torch.cuda.reset_peak_memory_stats()
@@ -130,6 +169,8 @@ def measure(name: str, build: Callable[[], tuple[nn.Module, str]], length: int, 
         times.append(time.perf_counter() - begin)
         if step == 0:
             first = time.perf_counter() - start
+    if profile:
+        print_kernels(lambda: train_step(model, optimizer, tokens, autocast))
     timed = times[2:]
     median = statistics.median(timed)
     return Row(
@@ -182,6 +223,7 @@ def parse(arguments: list[str], known: list[str]) -> dict[str, str]:
         "steps": "5",
         "memory_gb": "80",
         "output": "throughput.json",
+        "profile": "false",
     }
     for argument in arguments:
         key, _, value = argument.removeprefix("--").partition("=")
@@ -196,7 +238,7 @@ def parse(arguments: list[str], known: list[str]) -> dict[str, str]:
 
 def main(arguments: list[str]) -> int:
     try:
-        options = parse(arguments, list(rows(0)))
+        options = parse(arguments, list(rows(0, 0)))
     except ValueError as error:
         print(f"benchmarks.throughput: {error}", file=sys.stderr)
         return 2
@@ -205,11 +247,14 @@ def main(arguments: list[str]) -> int:
         return 2
     length, steps = int(options["length"]), int(options["steps"])
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, float(options["memory_gb"]) * 1e9 / total))
+    memory = min(float(options["memory_gb"]) * 1e9, total)
+    torch.cuda.set_per_process_memory_fraction(memory / total)
     results: list[Row] = []
     for name in options["rows"].split(","):
         try:
-            results.append(measure(name, rows(length)[name], length, steps))
+            results.append(
+                measure(name, rows(length, memory)[name], length, steps, options["profile"] == "true")
+            )
         except (
             RuntimeError,
             ImportError,

@@ -1,8 +1,8 @@
-"""What keeping or recomputing a layer's activations costs, measured on the GPU at hand, and the best choice from it.
+"""What keeping or recomputing a layer's activations costs, measured on the GPU at hand, and the best choice.
 
-One block of every shape in the model runs forward and backward on a few thousand tokens at each level of recomputation.
-Memory and time grow linearly with tokens from there, so that the fastest assignment of levels to layers that fits into
-the memory follows by filling it greedily, best gain a byte first.
+One block of every shape in the model runs forward and backward on a few thousand tokens at each level of
+recomputation. Memory and time grow linearly with tokens from there, so that the fastest assignment of levels
+to layers that fits into the memory follows by filling it greedily, best gain a byte first.
 """
 
 import json
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from models.language_model import Block, LanguageModelConfig
+from models.language_model import Block, LanguageModel, LanguageModelConfig
 
 PROBE_TOKENS = 8192
+_USABLE = 0.95  # of the memory; the rest goes to the allocator's gaps and to NCCL
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,35 @@ def probe_layers(
     return result
 
 
+def measured_levels(
+    model: LanguageModel, tokens: int, memory: float, fixed: float, autocast: bool
+) -> list[str]:
+    """The fastest levels that fit, measured on the model's device.
+
+    Args:
+        model: on a CUDA device, or to be trained on the current one.
+        tokens: tokens of a micro-batch.
+        memory: bytes of the GPU that may be used.
+        fixed: bytes of weights, gradients and optimiser.
+        autocast: whether training runs under bf16 autocast.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    layers = probe_layers(model.config, model.block_class, device, autocast)
+    torch.cuda.empty_cache()
+    # the last hidden states, their norm and both gradients, and the head's chunk of logits with its weight
+    # gradient
+    head = 16 * tokens * model.config.hidden_size + 2e9
+    return assign_levels(layers, tokens, _USABLE * memory - fixed - head)
+
+
 def assign_levels(layers: Sequence[Sequence[LevelCost]], tokens: int, budget: float) -> list[str]:
     """One level a layer: the least total time found within `budget` bytes, by best gain a byte.
 
     Args:
         layers: the costs of every layer, from `probe_layers`.
         tokens: tokens of a micro-batch.
-        budget: bytes that activations may take: what is kept over all layers, and the largest backward pass on top.
+        budget: bytes that activations may take: what is kept over all layers, and the largest backward pass
+        on top.
 
     Returns:
         Levels by name; the leanest ones where even these exceed the budget.
