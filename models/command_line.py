@@ -8,19 +8,12 @@ import difflib
 import sys
 import types
 import typing
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
 Arguments = TypeVar("Arguments")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-# `python -m models.expansion` imports the package `models`, which imports that module: harmless, as a module
-# that is run only calls its command, and not worth a warning to the user
-warnings.filterwarnings(
-    "ignore", message=".*found in sys.modules after import of package", category=RuntimeWarning
-)
 
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str]) -> Arguments:

@@ -14,7 +14,7 @@ docs/expansion.md has the equations, and how to add a mode or a family.
 import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -23,50 +23,14 @@ from torch import Tensor, nn
 from .draw import Draw
 from .expansion_arguments import choose_factor, choose_layers
 from .families import family_of
+from .modes import MODES, LayerPlan, Mode, Tensors, mode_name, register_modes
 from .report import ExpansionReport, state_report
 from .surgery import NORM, Replacement, adopt_config, build_replacement, layer_tensors, put_in_place
 
-Tensors = dict[str, Tensor]
 REINIT = ("standard", "published")
 
 # ----------------------------------------------------------------------------------------------------
 # plan: which layer becomes what
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One layer's step: its shape before and after. Shapes are the family's own frozen dataclasses."""
-
-    layer: int
-    mode: str
-    old: Any
-    new: Any
-
-
-@dataclass(frozen=True)
-class Mode:
-    """How a layer grows.
-
-    reshape: (old shape, factor) -> new shape; ValueError when a layer of this shape cannot grow so.
-    fill: (old layer's tensors by name, LayerPlan, config, Draw) -> the tensors that change.
-    published: (new layer's tensors, LayerPlan, config) -> what reinit="published" resets besides.
-    factors: what expand_factor may be; empty when the mode fixes the factor itself.
-    """
-
-    reshape: Callable[[Any, int], Any]
-    fill: Callable[[Tensors, LayerPlan, Any, Draw], Tensors]
-    published: Callable[[Tensors, LayerPlan, Any], Tensors] | None = None
-    factors: tuple[int, ...] = ()
-
-
-MODES: dict[str, dict[str, Mode]] = {}
-DEFAULT_MODE: dict[str, str] = {}
-
-
-def register_modes(family: str, table: dict[str, Mode], default: str | None = None) -> None:
-    """Add modes to a family, named as in `register_family`; `default` is used when no mode is asked for."""
-    MODES.setdefault(family, {}).update(table)
-    DEFAULT_MODE[family] = default or DEFAULT_MODE.get(family) or next(iter(table))
 
 
 def plan_expansion(
@@ -79,10 +43,7 @@ def plan_expansion(
 ) -> list[LayerPlan]:
     """What `expand_state` does to a model of this config, as pure data, or ValueError."""
     family = family_of(config).name
-    mode = DEFAULT_MODE[family] if drop_mode is None else drop_mode
-    if mode not in MODES[family]:
-        modes = ", ".join(MODES[family])
-        raise ValueError(f"drop_mode={mode!r} is no mode of the {family} family; use one of {modes}")
+    mode = mode_name(family, drop_mode)
     factor = choose_factor(mode, MODES[family][mode].factors, expand_factor)
     chosen = choose_layers(len(config.layers), drop_prop, layers)
     return [_plan_layer(config, layer, mode, MODES[family][mode], factor) for layer in chosen]

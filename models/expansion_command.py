@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .command_line import run_command
-from .expansion import expand_state
-from .folder import copy_tokenizer, new_folder
-from .loading import load_pretrained
+from .expansion import expand_state, plan_expansion
+from .folder import check_is_new, copy_tokenizer
+from .loading import load_pretrained, read_config
+from .saving import complete_folder
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,19 @@ class ExpansionArguments:
 
 
 def expand_folder(arguments: ExpansionArguments) -> None:
-    with new_folder(arguments.out) as folder:
-        model = load_pretrained(arguments.in_)
-        report = expand_state(
-            model,
-            arguments.drop_prop,
-            arguments.drop_mode,
-            layers=arguments.layers,
-            expand_factor=arguments.expand_factor,
-            seed=arguments.seed,
-            reinit=arguments.reinit,
-        )
+    check_is_new(arguments.out)
+    wishes = {
+        "drop_prop": arguments.drop_prop,
+        "drop_mode": arguments.drop_mode,
+        "layers": arguments.layers,
+        "expand_factor": arguments.expand_factor,
+    }
+    plan_expansion(
+        read_config(arguments.in_), **wishes
+    )  # what cannot be done fails before gigabytes are read
+    model = load_pretrained(arguments.in_)
+    report = expand_state(model, **wishes, seed=arguments.seed, reinit=arguments.reinit)
+    with complete_folder(arguments.out) as folder:
         model.save_pretrained(folder)
         tokenizer = copy_tokenizer(arguments.in_, folder)
     print(

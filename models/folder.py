@@ -1,9 +1,6 @@
-"""Model folders on disk: a new one appears whole or not at all, and takes its tokenizer along."""
+"""What a command that makes one model folder from another does besides the model."""
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 TOKENIZER_FILES = (
@@ -28,20 +25,8 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
     return present
 
 
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which gets the name `path` when the block ends well, and else vanishes.
-
-    Raises:
-        ValueError: `path` is a file, or a folder that is not empty.
-    """
+def check_is_new(path: str | Path) -> None:
+    """Raises ValueError unless `path` is free, or an empty folder."""
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already; choose a new folder or remove it")
-    beside = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.tmp")
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        os.replace(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

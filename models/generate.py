@@ -72,7 +72,7 @@ def read_prompt(arguments: GenerateArguments) -> str:
 
 
 def load_model(folder: str, dtype: str | None, device: str) -> nn.Module:
-    """A model of this repository where the folder holds one of its families, else one of transformers' own."""
+    """A model of this repository where one of its families reads the folder, else one of transformers."""
     torch_dtype = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no type of torch; use bfloat16, float16, float32 or float64")

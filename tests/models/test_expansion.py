@@ -6,15 +6,9 @@ import re
 import pytest
 import torch
 
-from models.expansion import (
-    MODES,
-    Mode,
-    expand_state,
-    freeze_all_but_expanded,
-    plan_expansion,
-    register_modes,
-)
+from models.expansion import expand_state, freeze_all_but_expanded, plan_expansion
 from models.gla import GLALayerShape
+from models.modes import MODES, Mode, register_modes
 from tests.models.tiny_models import ALL_MODES, snapshot, tiny, tiny_config, tokens
 
 EXPANDED = (0, 2)  # of four layers, with drop_prop=2
