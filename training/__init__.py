@@ -1,1 +1,1 @@
-"""Everything a run needs around model and data: configuration, plan, loop, optimiser, checkpoints, metrics."""
+"""What a run needs around model and data: configuration, plan, loop, optimiser, checkpoints, metrics."""

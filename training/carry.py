@@ -1,7 +1,8 @@
 """state_passing: every micro-batch of a step begins with the state its slots' streams left a step before.
 
-A slot is one contiguous stream of tokens (see data), and the i-th micro-batch of a step always holds the same slots, so
-a rank keeps one detached cache a micro-batch. Files are keyed by slot: another number of ranks finds its own.
+A slot is one contiguous stream of tokens (see data), and the i-th micro-batch of a step always holds the same
+slots, so a rank keeps one detached cache a micro-batch. Files are keyed by slot: another number of ranks
+finds its own.
 """
 
 from collections import defaultdict
@@ -28,22 +29,23 @@ class CarriedStates:
         self._caches: dict[tuple[int, ...], RecurrentCache] = {}
         self._pending: dict[tuple[int, ...], RecurrentCache] = {}
 
-    def before(self, slots: Sequence[int], fresh: Sequence[bool] | None = None) -> RecurrentCache:
-        """State in front of a micro-batch, to be handed to the model; empty on the first step.
+    def before(self, slots: Sequence[int]) -> RecurrentCache:
+        """State in front of a micro-batch, to be handed to the model; empty on the first step."""
+        cache = self._caches.get(tuple(slots))
+        return RecurrentCache() if cache is None else cache.copy()
+
+    def after(
+        self, slots: Sequence[int], cache: RecurrentCache, inside: Sequence[bool] | None = None
+    ) -> None:
+        """Keep what the model left behind.
 
         Args:
-            fresh: rows that begin a document of their own and so start from zero.
+            inside: rows that stopped inside a document; with documents isolated, the others go on from zero.
         """
-        cache = self._caches.get(tuple(slots))
-        if cache is None:
-            return RecurrentCache()
-        if fresh is not None and any(fresh):
-            keep = torch.tensor([not row for row in fresh])
-            return _masked(cache, keep)
-        return cache.copy()
-
-    def after(self, slots: Sequence[int], cache: RecurrentCache) -> None:
-        self._pending[tuple(slots)] = cache.detach()
+        cache = cache.detach()
+        if inside is not None and not all(inside):
+            cache = _masked(cache, torch.tensor(inside))
+        self._pending[tuple(slots)] = cache
 
     def end_step(self, keep: bool) -> None:
         """Make the states of this step the next one's; not those of a step that was not finite."""
@@ -70,7 +72,7 @@ class CarriedStates:
         files = {}
         for path in sorted(folder.glob("carried-*.safetensors")):
             with safe_open(path, framework="pt") as reader:
-                files.update({key: path for key in reader.keys()})  # noqa: SIM118
+                files.update(dict.fromkeys(reader.keys(), path))
         for slots in self._groups if files else ():
             self._caches[slots] = RecurrentCache(_read_layers(files, slots, folder, device))
 

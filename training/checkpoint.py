@@ -1,7 +1,7 @@
 """Checkpoints: complete or not there at all.
 
-`ckpt_{step}/` is a Hugging Face folder (model.safetensors in fp32, config.json, tokenizer) with the training state in
-`state/`:
+`ckpt_{step}/` is a Hugging Face folder (model.safetensors in fp32, config.json, tokenizer) with the training
+state in `state/`:
 
     trainer.json              step, tokens, skipped steps, position of every slot in the corpus
     optimizer-*.safetensors   AdamW's moments by parameter name (training.optimizer_state)
@@ -158,6 +158,8 @@ def _together(
     if cleanup and distribution.is_main:
         shutil.rmtree(cleanup, ignore_errors=True)
     before = checkpoints(target.parent)
-    whole = f"the last checkpoint, {before[0].name}, is untouched" if before else "there is no earlier checkpoint"
+    whole = (
+        f"the last checkpoint, {before[0].name}, is untouched" if before else "there is no earlier checkpoint"
+    )
     hint = "; free some space, then resume=auto" if "space" in failures[0].lower() else ""
     raise RunError(f"{target} could not be written ({failures[0]}); {whole}{hint}")

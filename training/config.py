@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen dataclass, filled by command line over JSON file over default.
 
-Reading a configuration touches one file at most, the JSON that `train_config` names; what needs models, corpora or
-folders is checked in `training.validate`, still before anything is written.
+Reading a configuration touches one file at most, the JSON that `train_config` names; what needs models,
+corpora or folders is checked in `training.validate`, still before anything is written.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class ConfigError(ValueError):
-    """The user's configuration cannot run; the message is one line that says what to change. Exit status 2."""
+    """The configuration cannot run; the message is one line that says what to change. Exit status 2."""
 
 
 class RunError(RuntimeError):
@@ -26,11 +26,13 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All keys of a run; each can stand on the command line (`key=value` or `--key=value`) or in the JSON file."""
+    """All keys of a run; each may stand on the command line (`key=value`, `--key=value`) or in the file."""
 
     # model
     model_name: str = "gla-1.3B"  # a file in configs/models (without .json), or a path to such a file
-    init_from: str = "pretrained"  # pretrained: weights from ckpt_path; scratch: random weights of model_name's shape
+    init_from: str = (
+        "pretrained"  # pretrained: weights from ckpt_path; scratch: random weights of model_name's shape
+    )
     ckpt_path: str | None = None  # folder of the starting weights
     tokenizer: str | None = None  # tokenizer folder; none: the one in ckpt_path
 
@@ -46,7 +48,9 @@ class RunConfig:
     output_dir: str = "output"  # root of all runs; on a file system that every rank sees
     proj_name: str = "statex"  # first folder below output_dir
     run_name: str | None = None  # folder of this run; none: made from the expansion and train_config
-    train_config: str | None = None  # JSON file with any of these keys; below the command line, above the defaults
+    train_config: str | None = (
+        None  # JSON file with any of these keys; below the command line, above the defaults
+    )
     resume: str = "never"  # never, or auto: go on from the newest complete checkpoint of this run
 
     # data
@@ -93,7 +97,9 @@ class RunConfig:
     log_interval: int = 1  # steps between records
     val_interval: int = 0  # steps between validations; 0: only at the end
     val_batches: int = 16  # sequences of max_len read by a validation, at most
-    report_to: tuple[str, ...] = ("tensorboard",)  # of tensorboard, wandb, swanlab, trackio; none: metrics.jsonl only
+    report_to: tuple[str, ...] = (
+        "tensorboard",
+    )  # of tensorboard, wandb, swanlab, trackio; none: metrics.jsonl only
 
     # instead of training
     plan: bool = False  # print what the run would do and exit
@@ -125,8 +131,9 @@ _FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 _TYPES = typing.get_type_hints(RunConfig)
 # what other programs call some keys, for "did you mean"
 _OTHER_NAMES = {
-    "learning_rate": "lr", "max_steps": "n_train_steps", "sequence_length": "max_len", "max_norm": "grad_clip",
-    "num_gpus": "n_gpus", "checkpoint": "ckpt_path", "gradient_accumulation_steps": "grad_accum_steps",
+    "learning_rate": "lr", "max_steps": "n_train_steps", "sequence_length": "max_len",
+    "max_norm": "grad_clip", "num_gpus": "n_gpus", "checkpoint": "ckpt_path",
+    "accumulation_steps": "grad_accum_steps",
     "report": "report_to", "experiment": "run_name", "project": "proj_name",
 }  # fmt: skip
 _NONE_WORDS = ("none", "null", "")
@@ -209,7 +216,11 @@ def _split(argument: str) -> tuple[str, str]:
 def _require_known(key: str, where: str = "") -> None:
     if key not in _FIELDS:
         close = difflib.get_close_matches(key, [*_FIELDS, *_OTHER_NAMES], n=1, cutoff=0.5)
-        hint = f"did you mean {_OTHER_NAMES.get(close[0], close[0])}?" if close else f"known keys: {', '.join(_FIELDS)}"
+        hint = (
+            f"did you mean {_OTHER_NAMES.get(close[0], close[0])}?"
+            if close
+            else f"known keys: {', '.join(_FIELDS)}"
+        )
         raise ConfigError(f"unknown key {key!r}{where}; {hint}")
 
 

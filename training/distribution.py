@@ -1,7 +1,8 @@
 """One process or many: accelerate with DeepSpeed ZeRO, DistributedDataParallel, or a plain process.
 
-`Distribution` hides what differs: how a model is wrapped, when gradients travel, how they are clipped and applied.
-Gradients are sums over ranks divided by the world size everywhere, so the loop scales its loss in one way.
+`Distribution` hides what differs: how a model is wrapped, when gradients travel, how they are clipped and
+applied. Gradients are sums over ranks divided by the world size everywhere, so the loop scales its loss in
+one way.
 """
 
 import json
@@ -19,6 +20,7 @@ from torch import nn
 
 from training.config import REPOSITORY, ConfigError, RunConfig
 from training.optimizer import clip_coefficient
+from training.rules import accumulation, cpu_rehearsal
 
 LAUNCH_FOLDER = REPOSITORY / "configs" / "launch"
 
@@ -32,7 +34,8 @@ class Distribution:
     rank: int
     world_size: int
     device: torch.device
-    engine: Any = None  # DeepSpeed engine, DistributedDataParallel, or the model itself
+    model: Any = None
+    engine: Any = None  # what computes: DeepSpeed's engine, DistributedDataParallel, or the model itself
     optimizer: Any = None
 
     @property
@@ -45,6 +48,7 @@ class Distribution:
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap model and optimiser for this launch kind."""
+        self.model = model
         self.engine, prepared = self.accelerator.prepare(model, optimizer)
         self.optimizer = prepared.optimizer
         if self.uses_deepspeed:
@@ -78,8 +82,9 @@ class Distribution:
         """Clip, apply and clear the gradients of a step.
 
         Returns:
-            global gradient norm before clipping, and whether the parameters moved: not when the norm is not finite. Both
-            are the same on all ranks. Reading the norm is the one time a step that the host waits for the device.
+            global gradient norm before clipping, and whether the parameters moved: not when the norm is not
+            finite. Both are the same on all ranks. Reading the norm is the one time a step that the host
+            waits for the device.
         """
         if self.uses_deepspeed:
             self.engine.step()
@@ -127,47 +132,42 @@ class Distribution:
             dist.destroy_process_group()
 
 
-def start_distribution(config: RunConfig, accumulation: int) -> Distribution:
+def start_distribution(config: RunConfig) -> Distribution:
     """Join the processes that the launcher started, and check that what came up is what was asked for.
 
     Raises:
         ConfigError: no GPU for a GPU launch kind, or not the number of processes asked for.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.n_gpus and world_size not in (1, config.n_gpus) or (config.n_gpus or 1) > world_size:
+    if (config.n_gpus and world_size not in (1, config.n_gpus)) or (config.n_gpus or 1) > world_size:
         raise ConfigError(
             f"n_gpus={config.n_gpus}: {world_size} process(es) started; use the scripts, or"
-            f" accelerate launch --config_file configs/launch/{config.launch}.yaml --num_processes {config.n_gpus}"
+            f" accelerate launch --config_file configs/launch/{config.launch}.yaml"
+            f" --num_processes {config.n_gpus}"
         )
-    if config.launch != "cpu" and not torch.cuda.is_available() and not _cpu_rehearsal():
+    if config.launch != "cpu" and not torch.cuda.is_available() and not cpu_rehearsal():
         raise ConfigError(f"launch={config.launch}: no GPU is visible; launch=cpu trains on the CPU")
-    accelerator = _build_accelerator(config, accumulation)
+    accelerator = _build_accelerator(config, accumulation(config, world_size))
     _check_started(config, accelerator, world_size)
     return Distribution(
         config, accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device
     )
 
 
-def _cpu_rehearsal() -> bool:
-    """Tests run DeepSpeed on a CPU; nobody else should, it is slow and accelerate does not support it."""
-    return os.environ.get("STATEX_ZERO_ON_CPU") == "1"
-
-
-def _build_accelerator(config: RunConfig, accumulation: int) -> Any:
+def _build_accelerator(config: RunConfig, rounds: int) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs
 
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # autocast is entered here, not by the launcher's file
     if config.launch.startswith("zero"):
-        if _cpu_rehearsal():
+        if cpu_rehearsal():
             _answer_gloo()
-        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, accumulation))
-        # zero.Init would need the weights to be built inside it; every rank holds the whole model once instead
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, rounds))
+        # zero.Init would need the weights to be built inside it; every rank holds the whole model once
+        # instead
         plugin.zero3_init_flag = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        return Accelerator(
-            mixed_precision="no", deepspeed_plugin=plugin, gradient_accumulation_steps=accumulation
-        )
+        return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, gradient_accumulation_steps=rounds)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     if config.launch == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -187,16 +187,16 @@ def _check_started(config: RunConfig, accelerator: Any, world_size: int) -> None
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     if is_deepspeed != config.launch.startswith("zero"):
         raise ConfigError(
-            f"launch={config.launch}: accelerate came up as {accelerator.distributed_type.value}; for DeepSpeed start"
+            f"launch={config.launch}: accelerate came up as {accelerator.distributed_type.value}; start it"
             f" through accelerate launch --config_file configs/launch/{config.launch}.yaml"
         )
 
 
-def deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, rounds: int) -> dict[str, Any]:
     """The launch kind's JSON with this run's numbers filled in."""
     values = json.loads((LAUNCH_FOLDER / f"{config.launch}.json").read_text(encoding="utf-8"))
     values["train_micro_batch_size_per_gpu"] = config.batch_size
-    values["gradient_accumulation_steps"] = accumulation
+    values["gradient_accumulation_steps"] = rounds
     values["gradient_clipping"] = config.grad_clip
     autocast = {"enabled": config.dtype == "bf16", "dtype": "bfloat16"}
     if config.grad_comm_dtype == "fp32":
@@ -206,7 +206,8 @@ def deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
 
 
 def _check_engine(engine: Any, config: RunConfig) -> None:
-    # DeepSpeed's bf16 setting would round A_log, dt_bias and the norms; torch_autocast must keep every parameter fp32
+    # DeepSpeed's bf16 setting would round A_log, dt_bias and the norms; torch_autocast must keep every
+    # parameter fp32
     dtypes = {parameter.dtype for parameter in engine.module.parameters()}
     assert dtypes == {torch.float32}, f"DeepSpeed changed the parameters' type to {dtypes}"
     assert engine.torch_autocast_enabled() == (config.dtype == "bf16")

@@ -1,6 +1,11 @@
 """Held-out loss, as a whole and by position in the sequence: does the model use far context?"""
 
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 
 from models.language_model import IGNORED
 from training.distribution import Distribution
@@ -13,42 +18,39 @@ def position_edges(max_len: int, smallest: int = 16, halvings: int = 8) -> list[
 
 
 @torch.no_grad()
-def heldout_loss(distribution: Distribution, batches: list[dict], max_len: int) -> dict[str, object]:
+def heldout_loss(distribution: Distribution, batches: Iterable[dict], max_len: int) -> dict[str, Any]:
     """Mean loss of held-out sequences, in nats a token.
 
     Args:
-        batches: this rank's share, as many on every rank; labels of padding sequences are all IGNORED.
+        batches: this rank's share, as many on every rank; what only fills up has the label IGNORED.
 
     Returns:
-        val_loss, and val_loss_by_position: {"first-last position": loss}.
+        val_loss, and val_loss_by_position: {"first-last position of the predicted token": loss}.
     """
-    edges = position_edges(max_len)
-    sums = torch.zeros(2, max_len, dtype=torch.float64, device=distribution.device)  # loss, count by position
-    engine = distribution.engine
-    engine.eval()
+    sums = torch.zeros(
+        2, max_len, dtype=torch.float64, device=distribution.device
+    )  # loss and count by position
+    distribution.engine.eval()
     for batch in batches:
-        losses, labels = token_losses(distribution, batch)  # [b, T-1] each
-        counted = labels != IGNORED
-        sums[0, 1 : losses.shape[1] + 1] += torch.where(counted, losses, 0.0).sum(0)
-        sums[1, 1 : losses.shape[1] + 1] += counted.sum(0)
-    engine.train()
+        inputs = model_inputs(batch, distribution.device)
+        labels = inputs["labels"]
+        with distribution.autocast():
+            losses = distribution.engine(
+                **inputs, loss_reduction="none", logits_to_keep=1, use_cache=False
+            ).loss
+        counted = F.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED  # position t predicts label t + 1
+        # with isolated documents the rows lie end to end
+        sums[0] += losses.double().reshape(-1, max_len).sum(0).roll(1)
+        sums[1] += counted.reshape(-1, max_len).sum(0).roll(1)
+    distribution.engine.train()
     distribution.sum(sums)
     total, count = sums.sum(1).tolist()
+    edges = position_edges(max_len)
     by_position = {}
-    for first, last in zip(edges[:-1], edges[1:]):
+    for first, last in pairwise(edges):
         loss, tokens = sums[:, first:last].sum(1).tolist()
-        if tokens:
-            by_position[f"{first}-{last - 1}"] = loss / tokens
+        by_position[f"{first}-{last - 1}"] = loss / tokens if tokens else None
     return {"val_loss": total / count if count else None, "val_loss_by_position": by_position}
-
-
-def token_losses(distribution: Distribution, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of every predicted token and the token itself, [b, T-1] each."""
-    inputs = model_inputs(batch, distribution.device)
-    labels = inputs["labels"][:, 1:]
-    with distribution.autocast():
-        loss = distribution.engine(**inputs, loss_reduction="none", use_cache=False).loss
-    return loss.float().reshape(labels.shape), labels
 
 
 def model_inputs(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:

@@ -47,9 +47,7 @@ def train(run: Run, rounds: int, throughput: Throughput, stop: StopRequest, star
     stopped = False
     throughput.since = time.perf_counter()
     while progress.step < config.last_step and not stopped:
-        waited = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(rounds)]
-        waited = time.perf_counter() - waited
+        micro_batches, waited = take(batches, rounds)
         lr = learning_rate(config, progress.step + 1)
         result = run_step(run, micro_batches, lr, stop.asked)
         count_step(run, result, micro_batches)
@@ -62,8 +60,22 @@ def train(run: Run, rounds: int, throughput: Throughput, stop: StopRequest, star
     return stopped
 
 
+def take(batches: Iterator[dict[str, Any]], count: int) -> tuple[list[dict[str, Any]], float]:
+    """The next micro-batches and the seconds spent waiting for them.
+
+    Raises:
+        RunError: the corpus cannot be read any more, or too many of its lines are broken.
+    """
+    began = time.perf_counter()
+    try:
+        taken = [next(batches) for _ in range(count)]
+    except ValueError as error:
+        raise RunError(" ".join(str(error).split())) from None
+    return taken, time.perf_counter() - began
+
+
 def run_step(run: Run, micro_batches: list[dict[str, Any]], lr: float, stop: bool) -> StepResult:
-    """Forward, backward and update; gradients are those of the mean loss over the global batch's predicted tokens."""
+    """Forward, backward and update; gradients of the mean loss over the global batch's predicted tokens."""
     distribution = run.distribution
     # the count is reduced before the backward pass, so that 1 rank and 8 give every token the same weight
     count = torch.tensor([sum(predicted_tokens(batch) for batch in micro_batches)], dtype=torch.float64)
@@ -92,10 +104,17 @@ def forward_loss(run: Run, batch: dict[str, Any]) -> torch.Tensor:
     cache = run.carried.before(batch["slots"]) if run.carried else None
     with run.distribution.autocast():
         output = run.distribution.engine(
-            **inputs, loss_reduction="sum", past_key_values=cache, use_cache=cache is not None
+            **inputs,
+            loss_reduction="sum",
+            logits_to_keep=1,  # the loss needs none
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
     if run.carried:
-        run.carried.after(batch["slots"], output.past_key_values)
+        inside = [position["token"] > 0 for position in batch["positions"]]
+        run.carried.after(
+            batch["slots"], output.past_key_values, inside if run.config.reset_at_documents else None
+        )
     return output.loss.float()
 
 
@@ -129,8 +148,8 @@ def count_step(run: Run, result: StepResult, micro_batches: list[dict[str, Any]]
         for text in (f"rank {rank}: {text}" for text in texts)
     )
     line = (
-        f"step {progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, step skipped"
-        f" ({progress.skipped_in_a_row} in a row); batches at {where}"
+        f"step {progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite,"
+        f" step skipped ({progress.skipped_in_a_row} in a row); batches at {where}"
     )
     run.console.say(line)
     if progress.skipped_in_a_row >= run.config.max_nonfinite_steps:
@@ -138,10 +157,10 @@ def count_step(run: Run, result: StepResult, micro_batches: list[dict[str, Any]]
 
 
 def suspects(result: StepResult, micro_batches: list[dict[str, Any]]) -> list[str]:
-    """Where in the corpus the micro-batches stand whose loss is not finite; all of them when only a gradient is not."""
+    """Corpus positions of the micro-batches whose loss is not finite; of all when only a gradient is not."""
     pairs = list(zip(micro_batches, result.losses))
     bad = [batch for batch, loss in pairs if not math.isfinite(float(loss))]
-    return [str(batch.get("positions", batch["slots"])) for batch in bad or micro_batches]
+    return [str(batch["positions"]) for batch in bad or micro_batches]
 
 
 def record_step(run: Run, result: StepResult, lr: float, throughput: Throughput) -> None:
@@ -175,12 +194,8 @@ def finish_step(run: Run, throughput: Throughput, leaving: bool) -> None:
 
 
 def validate(run: Run) -> None:
-    result = heldout_loss(run.distribution, list(held_out_share(run)), run.config.max_len)
+    result = heldout_loss(run.distribution, run.validation, run.config.max_len)
     far = ", ".join(f"{name}: {loss:.4f}" for name, loss in result["val_loss_by_position"].items())  # type: ignore[attr-defined]
     run.console.say(f"step {run.progress.step}: held-out loss {result['val_loss']:.4f} (by position {far})")
     if run.metrics:
         run.metrics.write({"step": run.progress.step, "tokens": run.progress.tokens, **result})
-
-
-def held_out_share(run: Run) -> Iterator[dict[str, Any]]:
-    return iter(run.validation)

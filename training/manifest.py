@@ -1,6 +1,7 @@
-"""What makes a folder a complete checkpoint: a list of its files with sizes and checksums, and durable writes.
+"""What makes a folder a complete checkpoint: a list of its files with sizes and checksums, durably written.
 
-Checksums are xxh3-128 (xxhash): above 10 GB/s on one core, and made to notice damage, not to withstand an attacker.
+Checksums are xxh3-128 (xxhash): above 10 GB/s on one core, and made to notice damage, not to withstand an
+attacker.
 """
 
 import json
@@ -39,7 +40,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def problem_of(folder: Path) -> str | None:
-    """None when `folder` is exactly what its manifest says, else one line naming the first file that is not."""
+    """None when `folder` is what its manifest says, else one line naming the first file that is not."""
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in listed.items()}

@@ -1,4 +1,4 @@
-"""How much memory a run needs, estimated from shapes alone. Rough by intent: within some 20 % at the 1.3B shapes."""
+"""How much memory a run needs, estimated from shapes alone; rough by intent."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -38,15 +38,20 @@ def estimate_memory(
         tokens * _saved_bytes(model_config, "none", config) + _state_bytes(report.model_type, layer, tokens)
         for layer in report.layers
     )
-    head = 2 * 4 * tokens * model_config.hidden_size  # last hidden states and their gradient
-    return MemoryEstimate(optimizer_bytes(report.total_parameters, config, world_size), saved, working + head)
+    working += head_bytes(model_config, config)
+    return MemoryEstimate(optimizer_bytes(report.total_parameters, config, world_size), saved, working)
+
+
+def head_bytes(model_config: Any, config: RunConfig) -> int:
+    """The last hidden states and their gradient; logits are made in chunks (0.5 GB)."""
+    return 2 * 4 * config.max_len * config.batch_size * model_config.hidden_size + 2**29
 
 
 def optimizer_bytes(parameters: int, config: RunConfig, world_size: int) -> int:
     """fp32 weights, gradients and AdamW's moments of one rank.
 
-    ZeRO-1 and 2 hold their own flat master copy of a rank's share besides the weights; ZeRO-2 frees gradients of other
-    shares as they come; ZeRO-3 shares out everything. The reduction buckets add 0.4 GB each way.
+    ZeRO-1 and 2 hold their own flat master copy of a rank's share besides the weights; ZeRO-2 frees gradients
+    of other shares as they come; ZeRO-3 shares out everything. The reduction buckets add 0.4 GB each way.
     """
     share = parameters / world_size
     buckets = 2 * 4 * 2e8
@@ -59,12 +64,13 @@ def optimizer_bytes(parameters: int, config: RunConfig, world_size: int) -> int:
 
 
 def _saved_bytes(model_config: Any, level: str, config: RunConfig) -> int:
-    """Bytes a token that one layer keeps: the fp32 residual stream, and what it does not recompute."""
+    """Bytes a token that one layer keeps: the residual stream, and what it does not recompute."""
     hidden = model_config.hidden_size
     width = 2 if config.dtype == "bf16" else 4
+    stream = 4 if model_config.residual_in_fp32 else width
     mixer = width * 14 * hidden
     mlp = width * 4 * (getattr(model_config, "intermediate_size", None) or 0)
-    return 4 * hidden + {"none": mixer + mlp, "mlp": mixer, "full": 0}[level]
+    return stream * hidden + {"none": mixer + mlp, "mlp": mixer, "full": 0}[level]
 
 
 def _state_bytes(model_type: str, layer: LayerReport, tokens: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from training.config import RunConfig
 from training.trackers import open_tracker
 
+
 class MetricsLog:
     """Appends one JSON object a record; a resumed run first drops what lies beyond its step.
 

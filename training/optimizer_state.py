@@ -1,7 +1,8 @@
 """AdamW's moments by parameter name, whole and in fp32, whatever the launch kind.
 
-A checkpoint written by two ranks of ZeRO-1 is therefore read by one process, by eight, or by DistributedDataParallel.
-ZeRO keeps each rank's share in flat buffers; whole tensors are assembled and taken apart one parameter at a time.
+A checkpoint written by two ranks of ZeRO-1 is therefore read by one process, by eight, or by
+DistributedDataParallel. ZeRO keeps each rank's share in flat buffers; whole tensors are assembled and taken
+apart one parameter at a time.
 """
 
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ _SHARD_BYTES = 4 * 2**30  # bounds the host memory that writing needs
 def save_optimizer_state(distribution: Distribution, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
     """Write `optimizer-00000.safetensors`, ...: `{parameter}.exp_avg`, `{parameter}.exp_avg_sq`.
 
-    Collective: every rank must call it; rank 0 writes. A failure to write is raised only after every parameter was
-    gathered, so that no other rank waits for ever.
+    Collective: every rank must call it; rank 0 writes. A failure to write is raised only after every
+    parameter was gathered, so that no other rank waits for ever.
     """
     shard: dict[str, torch.Tensor] = {}
     failure: Exception | None = None
@@ -55,7 +56,7 @@ def load_optimizer_state(distribution: Distribution, folder: Path, adam_step: in
         missing = [moment for moment in MOMENTS if f"{name}.{moment}" not in files]
         if missing:
             raise RunError(
-                f"{folder}: no optimizer state for {name}; was it frozen when the checkpoint was written? Start a new"
+                f"{folder}: no optimizer state for {name}; was it frozen when this was written? Start a new"
                 " run from the checkpoint's weights with ckpt_path instead"
             )
         values = {moment: _read(files[f"{name}.{moment}"], f"{name}.{moment}") for moment in MOMENTS}
@@ -63,8 +64,7 @@ def load_optimizer_state(distribution: Distribution, folder: Path, adam_step: in
 
 
 def _trainable(distribution: Distribution) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    module = distribution.accelerator.unwrap_model(distribution.engine, keep_torch_compile=False)
-    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    return ((name, p) for name, p in distribution.model.named_parameters() if p.requires_grad)
 
 
 def _moments(distribution: Distribution) -> Iterator[tuple[str, torch.Tensor]]:

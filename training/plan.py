@@ -1,5 +1,7 @@
 """What a run would do, from shapes alone: `plan=true` prints it without weights, corpus or GPU."""
 
+import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -53,34 +55,44 @@ class RunPlan:
     def _lines(self) -> list[tuple[str, str]]:
         config = self.config
         total = self.tokens_per_step * config.n_train_steps
-        count = config.n_train_steps // config.save_interval + bool(config.n_train_steps % config.save_interval)
+        count = math.ceil(config.n_train_steps / config.save_interval)
+        size, every = self.checkpoint_bytes / 1e9, config.save_interval
         kept = min(count, config.keep_last) if config.keep_last else count
         gpu = "process" if config.launch == "cpu" else "GPU"
         lines = [
             ("run", str(config.run_dir)),
             ("model", f"{config.model_label} ({self.after.model_type}), init_from={config.init_from}"),
-            ("method", _method(config)),
+            ("method", self._method()),
             ("parameters", _change(self.before.total_parameters, self.after.total_parameters)),
             ("trained parameters", f"{self.trained_parameters:,}"),
             ("state elements", _change(self.before.total_elements, self.after.total_elements)),
             ("FLOPs a token", f"{self.training_flops_per_token:.4g} (forward and backward)"),
-            ("launch", f"{config.launch} on {self.world_size} {gpu}(s), {config.dtype} compute, fp32 parameters"),
+            ("launch", f"{config.launch} on {self.world_size} {gpu}(s), {config.dtype} compute"),
             ("memory a " + gpu, f"about {self.memory.total / 1e9:.1f} GB, recompute={_levels(self.levels)}"),
             ("tokens a step", self._accumulation()),
             ("steps", f"{config.n_train_steps:,}, {total:,} tokens in total ({short(total)})"),
-            ("learning rate", f"{config.lr_scheduler} {config.lr:g} -> {config.min_lr:g}, {config.n_warmup_steps} warm-up"),
+            ("learning rate", f"{config.lr_scheduler} {config.lr:g} -> {config.min_lr:g}"),
+            ("warm-up", f"{config.n_warmup_steps:,} steps"),
             ("data", f"{config.data_name}: {config.data_path}"),
-            ("checkpoint", f"about {self.checkpoint_bytes / 1e9:.2f} GB, every {config.save_interval} steps; {kept} kept"
-                           f" = {kept * self.checkpoint_bytes / 1e9:.1f} GB"),
+            ("checkpoints", f"{size:.2f} GB every {every} steps, {kept} kept: {kept * size:.1f} GB"),
         ]  # fmt: skip
         return [*lines, ("", self.expansion)] if self.expansion else lines
+
+    def _method(self) -> str:
+        config = self.config
+        if not config.expands:
+            return "LPT (no expansion)"
+        mode = next(layer.drop_mode for layer in self.after.layers if layer.drop_mode)
+        layers = [layer.layer for layer in self.after.layers if layer.drop_mode]
+        frozen = ", all else frozen" if config.freeze_rest else ""
+        return f"StateX, drop_mode={mode}, {len(layers)} layers ({', '.join(map(str, layers))}){frozen}"
 
     def _accumulation(self) -> str:
         config = self.config
         rounds = accumulation(config, self.world_size)
         return (
-            f"{self.tokens_per_step:,} = {self.world_size} x {config.batch_size} sequence(s) x {config.max_len:,}"
-            f" tokens x {rounds} micro-batch(es)"
+            f"{self.tokens_per_step:,} = {self.world_size} x {config.batch_size} sequence(s)"
+            f" x {config.max_len:,} tokens x {rounds} micro-batch(es)"
         )
 
 
@@ -105,7 +117,9 @@ def make_plan(config: RunConfig, world_size: int) -> RunPlan:
 
 
 def planned_world_size(config: RunConfig) -> int:
-    """Processes that the run would have: n_gpus, or what is visible."""
+    """Processes that the run has, or would have: what the launcher started, n_gpus, or what is visible."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
     return config.n_gpus or (max(1, torch.cuda.device_count()) if config.launch != "cpu" else 1)
 
 
@@ -115,13 +129,6 @@ def _device_memory(config: RunConfig) -> int | None:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     return _ASSUMED_GPU_BYTES
-
-
-def _method(config: RunConfig) -> str:
-    if not config.expands:
-        return "LPT (no expansion)"
-    which = f"drop_prop={config.drop_prop}" if config.drop_prop else f"layers={','.join(map(str, config.layers or ()))}"
-    return f"StateX, {which}, drop_mode={config.drop_mode or 'default'}{', freeze_rest' if config.freeze_rest else ''}"
 
 
 def _change(before: int, after: int) -> str:

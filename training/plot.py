@@ -27,7 +27,9 @@ def plot_losses(run_dirs: list[Path], target: Path) -> Path:
             points = [(r["tokens"], r[key]) for r in records if r.get(key) is not None]
             if points:
                 label = run_dir.name if key == "loss" else f"{run_dir.name} held out"
-                (line,) = axes.plot(*zip(*points), style, label=label, color=colour, linewidth=1, markersize=3)
+                (line,) = axes.plot(
+                    *zip(*points), style, label=label, color=colour, linewidth=1, markersize=3
+                )
                 colour = line.get_color()
     axes.set(xlabel="tokens", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 # dense bf16 TFLOP/s of one GPU, from the makers' data sheets
 _PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148, "B200": 2250, "A100": 312, "A800": 312,
-    "L40S": 362, "L40": 181, "A40": 150, "A6000": 155, "4090": 165, "3090": 71,
+    "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148, "B200": 2250, "A100": 312,
+    "A800": 312, "L40S": 362, "L40": 181, "A40": 150, "A6000": 155, "4090": 165, "3090": 71,
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ class Throughput:
         self.since += seconds
 
     def record(self, steps_left: int) -> dict[str, float | None]:
-        """Rates since the last call: tokens/s, tokens/s/GPU, MFU (0..1), step and data seconds a step, ETA in s."""
+        """Rates since the last call: tokens/s, tokens/s/GPU, MFU (0..1), seconds a step and for data, ETA."""
         now = time.perf_counter()
         seconds = max(now - self.since, 1e-9)
         per_gpu = self.tokens / seconds / self.world_size
@@ -78,12 +78,10 @@ class Throughput:
 class Console:
     """Progress bar and lines of rank 0; silent on other ranks, no bar where the output is no terminal."""
 
-    def __init__(self, active: bool, total: int, step: int) -> None:
+    def __init__(self, active: bool, total: int) -> None:
         self._active = active
         self._first = True
-        self._bar = tqdm(
-            total=total, initial=step, unit="step", dynamic_ncols=True, disable=None if active else True
-        )
+        self._bar = tqdm(total=total, unit="step", dynamic_ncols=True, disable=None if active else True)
 
     def say(self, line: str) -> None:
         if self._active:
@@ -95,7 +93,7 @@ class Console:
         self._bar.update(step - self._bar.n)
 
     def first_step(self, seconds: float) -> None:
-        """Once: how long the user waited for the first step, imports, loading and kernel compilation included."""
+        """Once: how long the first step took from the start: imports, loading and kernel compilation too."""
         if self._first:
             self.say(f"first step done {seconds:.1f} s after the start")
         self._first = False

@@ -3,34 +3,47 @@
 from typing import Any
 
 import torch
-from torch import nn
 
+from models.language_model import LanguageModel
 from models.report import StateReport, state_report
+from training.activation_probe import assign_levels, probe_layers
 from training.config import RunConfig
-from training.memory import LEVELS, estimate_memory
+from training.memory import LEVELS, estimate_memory, head_bytes, optimizer_bytes
 
 _USABLE = 0.92  # of a GPU's memory; the rest goes to the allocator's gaps and NCCL
 
 
 def choose_recompute(
-    model: nn.Module, config: RunConfig, world_size: int = 1, device: torch.device | None = None
+    model: LanguageModel, config: RunConfig, world_size: int, device: torch.device
 ) -> list[str]:
-    """A level of LEVELS for each layer: what `recompute` says, or with `auto` the least that fits into the memory."""
+    """A level for each layer: what `recompute` says; with `auto` none on CPU, the fastest that fits on GPU.
+
+    Costs are measured on the GPU itself (training.activation_probe). All ranks must follow one rank's answer:
+    under ZeRO-3 the recomputation gathers weights, in the same order everywhere.
+    """
     report = state_report(model)
-    total = torch.cuda.get_device_properties(device).total_memory if device and device.type == "cuda" else None
-    return choose_levels(report, model.config, config, world_size, total)
+    if config.recompute != "auto" or device.type != "cuda":
+        return choose_levels(report, model.config, config, world_size, None)
+    costs = probe_layers(model.config, type(model.blocks[0]), device, autocast=config.dtype == "bf16")
+    torch.cuda.empty_cache()
+    usable = _USABLE * torch.cuda.get_device_properties(device).total_memory
+    taken = optimizer_bytes(report.total_parameters, config, world_size) + head_bytes(model.config, config)
+    return assign_levels(costs, config.max_len * config.batch_size, usable - taken)
 
 
 def choose_levels(
     report: StateReport, model_config: Any, config: RunConfig, world_size: int, memory: int | None
 ) -> list[str]:
-    """`choose_recompute` from shapes alone; `memory` in bytes, None on a CPU, where nothing is recomputed."""
+    """`choose_recompute` from shapes alone, for the plan; without `memory` (bytes) nothing is recomputed."""
     count = len(report.layers)
     if config.recompute != "auto":
         return [config.recompute] * count
     if memory is None:
         return ["none"] * count
     for level in LEVELS:
-        if estimate_memory(report, model_config, config, world_size, [level] * count).total < _USABLE * memory:
+        if (
+            estimate_memory(report, model_config, config, world_size, [level] * count).total
+            < _USABLE * memory
+        ):
             return [level] * count
     return ["full"] * count

@@ -1,4 +1,4 @@
-"""Random generators of a process, saved and restored. Nothing in the loop draws from them; a model or a mode may."""
+"""Random generators of a process, saved and restored. The loop draws nothing from them; a model may."""
 
 import random
 from pathlib import Path

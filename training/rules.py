@@ -24,9 +24,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _AT_LEAST: dict[str, float] = {
     "max_len": 2, "batch_size": 1, "grad_accum_steps": 1, "tokens_per_step": 2, "num_workers": 0,
     "n_train_steps": 1, "n_warmup_steps": 0, "n_decay_steps": 1, "n_restarts": 1, "stop_at_step": 1,
-    "weight_decay": 0, "grad_clip": 0, "min_lr": 0, "beta1": 0, "beta2": 0, "max_nonfinite_steps": 1, "seed": 0,
-    "n_gpus": 0, "save_interval": 1, "keep_last": 0, "keep_every": 0, "log_interval": 1, "val_interval": 0,
-    "val_batches": 1, "drop_prop": 1, "expand_factor": 2,
+    "weight_decay": 0, "grad_clip": 0, "min_lr": 0, "beta1": 0, "beta2": 0, "max_nonfinite_steps": 1,
+    "seed": 0, "n_gpus": 0, "save_interval": 1, "keep_last": 0, "keep_every": 0, "log_interval": 1,
+    "val_interval": 0, "val_batches": 1, "drop_prop": 1, "expand_factor": 2,
 }  # fmt: skip
 
 _BELOW: dict[str, float] = {"beta1": 1, "beta2": 1, "seed": 2**63}
@@ -49,7 +49,9 @@ def _check_choices(config: RunConfig) -> None:
             raise ConfigError(f"{key}={value}: use one of {', '.join(allowed)}")
     for name in config.report_to:
         if name not in TRACKERS:
-            raise ConfigError(f"report_to={name}: use some of {', '.join(TRACKERS)}, joined by commas, or none")
+            raise ConfigError(
+                f"report_to={name}: use some of {', '.join(TRACKERS)}, joined by commas, or none"
+            )
 
 
 def _check_ranges(config: RunConfig) -> None:
@@ -97,7 +99,9 @@ def _check_expansion(config: RunConfig) -> None:
         return
     for key, unset in (("drop_mode", None), ("expand_factor", None), ("freeze_rest", False)):
         if getattr(config, key) != unset:
-            raise ConfigError(f"{key}={getattr(config, key)}: nothing is expanded; give drop_prop or layers too")
+            raise ConfigError(
+                f"{key}={getattr(config, key)}: nothing is expanded; give drop_prop or layers too"
+            )
 
 
 def _check_start(config: RunConfig) -> None:
@@ -117,17 +121,24 @@ def _check_tokens(config: RunConfig) -> None:
         accumulation(config, config.n_gpus)
 
 
+def _check_states(config: RunConfig) -> None:
+    if config.state_passing and config.compile:
+        raise ConfigError("compile=true: not together with state_passing=true")
+    if config.state_passing and config.reset_at_documents and config.batch_size > 1:
+        raise ConfigError(
+            "state_passing with reset_at_documents needs batch_size=1; accumulate with tokens_per_step"
+        )
+
+
 def _check_machine(config: RunConfig) -> None:
     if config.grad_comm_dtype == "bf16" and not config.launch.startswith("zero"):
         raise ConfigError("grad_comm_dtype=bf16: needs launch=zero1, zero2 or zero3")
     if config.grad_comm_dtype == "bf16" and config.dtype != "bf16":
         raise ConfigError("grad_comm_dtype=bf16: needs dtype=bf16")
-    if config.state_passing and config.compile:
-        raise ConfigError("compile=true: not together with state_passing=true")
 
 
 _COMBINATIONS: tuple[Callable[[RunConfig], None], ...] = (
-    _check_schedule, _check_expansion, _check_start, _check_tokens, _check_machine,
+    _check_schedule, _check_expansion, _check_start, _check_tokens, _check_states, _check_machine,
 )  # fmt: skip
 
 
@@ -142,8 +153,9 @@ def accumulation(config: RunConfig, world_size: int) -> int:
     round_tokens = config.max_len * config.batch_size * world_size
     if config.tokens_per_step % round_tokens:
         raise ConfigError(
-            f"tokens_per_step={config.tokens_per_step}: {world_size} process(es) x batch_size={config.batch_size} x"
-            f" max_len={config.max_len} make {round_tokens} tokens, which do not divide it; change batch_size or n_gpus"
+            f"tokens_per_step={config.tokens_per_step}: {world_size} process(es) x"
+            f" batch_size={config.batch_size} x max_len={config.max_len} make {round_tokens} tokens, which do"
+            " not divide it; change batch_size or n_gpus"
         )
     return config.tokens_per_step // round_tokens
 
@@ -151,3 +163,8 @@ def accumulation(config: RunConfig, world_size: int) -> int:
 def slots_per_step(config: RunConfig, world_size: int) -> int:
     """Sequences of one optimiser step over all processes."""
     return accumulation(config, world_size) * config.batch_size * world_size
+
+
+def cpu_rehearsal() -> bool:
+    """Tests run DeepSpeed on a CPU; nobody else should: it is slow, and accelerate does not support it."""
+    return os.environ.get("STATEX_ZERO_ON_CPU") == "1"

@@ -1,4 +1,4 @@
-"""What a run starts from: the shape and the weights of its model, its tokenizer, its place among earlier runs."""
+"""What a run starts from: its model's shape and weights, its tokenizer, its place among earlier runs."""
 
 import json
 import os
@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from models import build_model, expand_state, load_pretrained
 from models.expansion import freeze_all_but_expanded
+from models.language_model import LanguageModel
 from training.config import REPOSITORY, ConfigError, RunConfig, to_json
 from training.trackers import check_trackers
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# keys that must not change between a run and its continuation: they decide what the checkpoint's tensors and its
-# position in the corpus mean
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# keys that must not change between a run and its continuation: they decide what the checkpoint's tensors and
+# its position in the corpus mean
 _FIXED = (
     "model_name", "drop_prop", "layers", "drop_mode", "expand_factor", "freeze_rest", "max_len", "seed",
     "data_path", "reset_at_documents", "state_passing",
@@ -23,7 +28,7 @@ _FIXED = (
 
 
 def model_file(config: RunConfig) -> Path:
-    """The config.json of the starting model: model_name's, or the one in ckpt_path when model_name is only a label.
+    """The config.json of the starting model: model_name's, or ckpt_path's when model_name is only a label.
 
     Raises:
         ConfigError: neither exists.
@@ -32,13 +37,17 @@ def model_file(config: RunConfig) -> Path:
     for candidate in (folder / f"{config.model_name}.json", Path(config.model_name)):
         if candidate.is_file():
             return candidate
-    if config.init_from == "pretrained" and config.ckpt_path and (Path(config.ckpt_path) / "config.json").is_file():
+    if (
+        config.init_from == "pretrained"
+        and config.ckpt_path
+        and (Path(config.ckpt_path) / "config.json").is_file()
+    ):
         return Path(config.ckpt_path) / "config.json"
     offered = ", ".join(sorted(file.stem for file in folder.glob("*.json")))
     raise ConfigError(f"model_name={config.model_name}: no such file in configs/models; there are {offered}")
 
 
-def shape_model(config: RunConfig) -> nn.Module:
+def shape_model(config: RunConfig) -> LanguageModel:
     """The starting model on meta tensors.
 
     Raises:
@@ -64,24 +73,27 @@ def expansion_arguments(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def start_model(config: RunConfig, checkpoint: Path | None) -> tuple[nn.Module, str | None]:
-    """The model that trains, in fp32 on the CPU, and the expansion's report when there was one.
+def start_model(config: RunConfig, checkpoint: Path | None) -> LanguageModel:
+    """The model that trains, in fp32 on the CPU, expanded and frozen as the run asks.
 
     Args:
         checkpoint: a checkpoint of this run to go on from; its layers are expanded already.
+
+    Raises:
+        ConfigError: the weights do not fit their config.json, or cannot be read.
     """
-    if checkpoint is not None:
-        model = load_pretrained(str(checkpoint), dtype=torch.float32)
-        if config.freeze_rest:
-            freeze_all_but_expanded(model)
-        return model, None
-    if config.init_from == "scratch":
-        torch.manual_seed(config.seed)
-        model = build_model(str(model_file(config)), device="cpu").float()
-    else:
-        model = load_pretrained(str(config.ckpt_path), dtype=torch.float32)
-    report = str(expand_state(model, **expansion_arguments(config))) if config.expands else None
-    return model, report
+    try:
+        if config.init_from == "scratch" and checkpoint is None:
+            model = build_model(model_file(config), seed=config.seed)
+        else:
+            model = load_pretrained(checkpoint or str(config.ckpt_path), dtype=torch.float32)
+        if config.expands and checkpoint is None:
+            expand_state(model, **expansion_arguments(config))
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    if config.freeze_rest and checkpoint is not None:
+        freeze_all_but_expanded(model)
+    return model.train()
 
 
 def tokenizer_folder(config: RunConfig) -> Path:
@@ -92,11 +104,27 @@ def tokenizer_folder(config: RunConfig) -> Path:
     """
     folder = config.tokenizer or config.ckpt_path
     if folder is None:
-        raise ConfigError("tokenizer: init_from=scratch has no checkpoint folder to take it from; give tokenizer=FOLDER")
+        raise ConfigError(
+            "tokenizer: init_from=scratch has no checkpoint folder to take it from; give tokenizer=FOLDER"
+        )
     return Path(folder)
 
 
 # checks that look at folders, made before anything is written
+
+
+def check_vocabulary(config: RunConfig, tokenizer: Any) -> None:
+    """Every token needs a row in the embeddings.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the model.
+    """
+    rows = shape_model(config).config.vocab_size
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"tokenizer: {tokenizer_folder(config)} has {len(tokenizer)} tokens, the model's vocabulary only"
+            f" {rows}; use the tokenizer that belongs to the model"
+        )
 
 
 def check_weights(config: RunConfig) -> None:
@@ -108,7 +136,9 @@ def check_weights(config: RunConfig) -> None:
     if config.init_from != "pretrained":
         return
     if config.ckpt_path is None:
-        raise ConfigError("ckpt_path: init_from=pretrained needs the folder of the starting weights (or init_from=scratch)")
+        raise ConfigError(
+            "ckpt_path: init_from=pretrained needs the folder of the starting weights (or init_from=scratch)"
+        )
     folder = Path(config.ckpt_path)
     hint = "python -m huggingface.download fetches the starting points, init_from=scratch needs none"
     if not folder.is_dir():
@@ -123,23 +153,29 @@ def check_output(config: RunConfig) -> None:
     """The run's folder can be written, and does not silently replace or mix with an earlier run.
 
     Raises:
-        ConfigError: not writable, a run is there and resume is not asked for, or what it is resumed with contradicts it.
+        ConfigError: not writable, a run is there and resume is not asked for, or what it is resumed with
+        contradicts it.
     """
     check_trackers(config)
     existing = config.run_dir
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir={config.output_dir}: {existing} cannot be written; give another output_dir")
+        raise ConfigError(
+            f"output_dir={config.output_dir}: {existing} cannot be written; give another output_dir"
+        )
     saved = config.run_dir / "args.json"
     if not saved.is_file():
         return
     if config.resume != "auto":
         raise ConfigError(
-            f"{config.run_dir} holds a run already; resume=auto goes on with it, another run_name starts a new one"
+            f"{config.run_dir} holds a run already; resume=auto goes on with it, another run_name starts"
+            " a new one"
         )
     before = json.loads(saved.read_text(encoding="utf-8"))
     for key in _FIXED:
         now, then = to_json(config).get(key), before.get(key)
         if now != then:
-            raise ConfigError(f"{key}={now}: {config.run_dir} was started with {key}={then}; use that, or another run_name")
+            raise ConfigError(
+                f"{key}={now}: {config.run_dir} was started with {key}={then}; use that, or another run_name"
+            )

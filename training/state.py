@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
+from data import merge_states
 from training.carry import CarriedStates
 from training.checkpoint import (
     TRAINER_FILE,
@@ -16,7 +18,7 @@ from training.checkpoint import (
     read_trainer_state,
     save_checkpoint,
 )
-from training.config import RunConfig
+from training.config import ConfigError, RunConfig
 from training.distribution import Distribution
 from training.metrics import MetricsLog
 from training.optimizer_state import load_optimizer_state, save_optimizer_state
@@ -50,7 +52,7 @@ class Run:
     carried: CarriedStates | None  # state_passing
     progress: Progress
     console: Console
-    metrics: MetricsLog | None  # on rank 0
+    metrics: MetricsLog | None = None  # on rank 0, once the loop begins
 
     @property
     def rank(self) -> int:
@@ -63,12 +65,12 @@ def save_run(run: Run) -> Path:
     Raises:
         RunError: it could not be written; the earlier ones are as they were.
     """
-    positions = run.distribution.gather_objects(run.loader.state_dict())
+    position = merge_states(run.distribution.gather_objects(run.loader.state_dict()))
     writers = [
         lambda folder: _write_model(run, folder),
         lambda folder: save_optimizer_state(run.distribution, folder / "state"),
         lambda folder: _write_own(run, folder / "state"),
-        lambda folder: _write_progress(run, folder, positions),
+        lambda folder: _write_progress(run, folder, position),
     ]
     needed = int(1.05 * checkpoint_bytes(run.model)) + 2**20
     folder = save_checkpoint(run.distribution, run.config.run_dir, run.progress.step, writers, needed)
@@ -83,7 +85,10 @@ def restore_run(run: Run, folder: Path) -> None:
     run.progress = Progress(**saved["progress"])
     state = folder / "state"
     load_optimizer_state(run.distribution, state, run.progress.updates)
-    run.loader.load_state_dict(merge_positions(saved["positions"]))
+    try:
+        run.loader.load_state_dict(saved["data"])
+    except ValueError as error:
+        raise ConfigError(f"{folder}: {error}") from None
     if run.carried:
         run.carried.load(state, run.distribution.device)
     own = state / f"rng-{run.rank}.safetensors"
@@ -91,17 +96,11 @@ def restore_run(run: Run, folder: Path) -> None:
         load_rng(own, run.distribution.device)
 
 
-def merge_positions(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The loaders' states of all ranks as one: each rank wrote the positions of its own slots."""
-    merged = dict(states[0])
-    merged["slots"] = {slot: position for state in states for slot, position in state["slots"].items()}
-    return merged
-
-
 def _write_model(run: Run, folder: Path) -> None:
     weights = full_state_dict(run.distribution, run.model)
     if weights is None:
         return
+    transformers_logging.disable_progress_bar()
     run.model.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
     run.tokenizer.save_pretrained(folder)
 
@@ -112,14 +111,14 @@ def _write_own(run: Run, folder: Path) -> None:
         run.carried.save(folder / f"carried-{run.rank}.safetensors")
 
 
-def _write_progress(run: Run, folder: Path, positions: list[dict[str, Any]]) -> None:
+def _write_progress(run: Run, folder: Path, position: dict[str, Any]) -> None:
     if not run.distribution.is_main:
         return
     values = {
         "progress": asdict(run.progress),
         "world_size": run.distribution.world_size,
         "launch": run.config.launch,
-        "positions": positions,
+        "data": position,
     }
     (folder / TRAINER_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
     if run.metrics:

@@ -17,7 +17,9 @@ def check_trackers(config: RunConfig) -> None:
     """
     for name in config.report_to:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise ConfigError(f"report_to={name}: not installed; pip install {_PACKAGES[name]}, or report_to=none")
+            raise ConfigError(
+                f"report_to={name}: not installed; pip install {_PACKAGES[name]}, or report_to=none"
+            )
 
 
 def open_tracker(name: str, config: RunConfig, run_dir: Path, step: int) -> Any:

@@ -2,16 +2,18 @@
 
     python -m training.validate key=value ...     # exit status 0, or 2 and one line that says what to change
 
-Launchers turn every exit status into 1 and print a traceback, so the scripts call this first. `plan=true` prints the plan.
+Launchers turn every exit status into 1 and print a traceback, so the scripts call this first. `plan=true`
+prints the plan.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
 import torch
 
 from training.config import ConfigError, RunConfig, RunError, parse_arguments
-from training.rules import accumulation
+from training.rules import accumulation, cpu_rehearsal
 
 
 def check_arguments(config: RunConfig) -> None:
@@ -23,9 +25,9 @@ def check_arguments(config: RunConfig) -> None:
     from training.plan import planned_world_size
 
     accumulation(config, planned_world_size(config))
-    if config.launch != "cpu" and not config.plan:
-        _check_gpus(config)
     _check_model_arguments(config)
+    if config.launch != "cpu" and not config.plan and not cpu_rehearsal():
+        _check_gpus(config)
 
 
 def check_files(config: RunConfig) -> None:
@@ -34,19 +36,29 @@ def check_files(config: RunConfig) -> None:
     Raises:
         ConfigError: what is missing or does not fit, and what to do.
     """
+    from training.feeding import check_data
+    from training.plan import planned_world_size
     from training.start import check_output, check_weights
 
     check_output(config)
     check_weights(config)
-    _check_data(config)
+    check_data(config, planned_world_size(config))
 
 
 def _check_gpus(config: RunConfig) -> None:
     present = torch.cuda.device_count()
     if present == 0:
-        raise ConfigError(f"launch={config.launch}: no GPU is visible; launch=cpu trains on the CPU")
-    if config.n_gpus and config.n_gpus > present:
-        raise ConfigError(f"n_gpus={config.n_gpus}: only {present} GPU(s) are visible here")
+        raise ConfigError(
+            f"launch={config.launch}: no GPU is visible. Either run on a machine with GPUs (is"
+            " CUDA_VISIBLE_DEVICES empty? does nvidia-smi list them?), or run the same path with a tiny model on"
+            " the CPU: scale=tiny with the scripts, launch=cpu with train.py"
+        )
+    # n_gpus counts the GPUs of all machines; scripts and launchers say how many of them are on this one
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or config.n_gpus or 0)
+    if here > present:
+        raise ConfigError(
+            f"n_gpus={config.n_gpus}: {here} of them on this machine, where {present} are visible"
+        )
 
 
 def _check_model_arguments(config: RunConfig) -> None:
@@ -69,12 +81,6 @@ def _check_model_arguments(config: RunConfig) -> None:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _check_data(config: RunConfig) -> None:
-    from training.feeding import check_data
-
-    check_data(config)
 
 
 def main(arguments: Sequence[str]) -> int:

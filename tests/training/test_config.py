@@ -103,9 +103,10 @@ def test_the_published_file_holds_the_published_values():
     values = json.loads((REPOSITORY / PUBLISHED).read_text())
     published = {
         "data_name": "slimpj", "data_path": "/home/data/slimpj-chunked", "validation_data_name": None,
-        "validation_data_path": None, "max_len": 65536, "batch_size": 1, "grad_accum_steps": 1, "lr_scheduler": "cosine",
-        "lr": 3e-4, "min_lr": 0, "n_train_steps": 20000, "n_warmup_steps": 1000, "weight_decay": 0.1, "grad_clip": 1.0,
-        "beta1": 0.9, "beta2": 0.95, "save_interval": 1000, "log_interval": 1, "compile": 0, "dtype": "bf16", "seed": 0,
+        "validation_data_path": None, "max_len": 65536, "batch_size": 1, "grad_accum_steps": 1, "min_lr": 0,
+        "lr_scheduler": "cosine", "lr": 3e-4, "n_train_steps": 20000, "n_warmup_steps": 1000,
+        "grad_clip": 1.0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "save_interval": 1000,
+        "log_interval": 1, "compile": 0, "dtype": "bf16", "seed": 0,
     }  # fmt: skip
     assert {key: values[key] for key in published} == published
 
@@ -122,13 +123,17 @@ def test_accumulation_on_the_command_line_rules_over_tokens_per_step_of_the_file
     assert accumulation(config, 2) == 3
 
 
-@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "training").rglob("*.json")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / "configs" / "training").rglob("*.json")), ids=lambda f: f.stem
+)
 def test_every_file_in_configs_training_is_valid(file):
     parse_arguments([f"train_config={file}"])
 
 
 def test_args_json_starts_the_same_run_again(tmp_path):
-    config = parse_arguments([f"train_config={PUBLISHED}", "drop_prop=6", "layers=none", "lr=1e-3", "report_to=none"])
+    config = parse_arguments(
+        [f"train_config={PUBLISHED}", "drop_prop=6", "layers=none", "lr=1e-3", "report_to=none"]
+    )
     file = write_json(tmp_path, json.dumps(to_json(config)))
     again = parse_arguments([f"train_config={file}"])
     assert to_json(again) == to_json(config)

@@ -7,7 +7,9 @@ from training.schedule import learning_rate
 
 
 def schedule(kind: str, **keys) -> RunConfig:
-    return RunConfig(**{"lr_scheduler": kind, "lr": 1.0, "min_lr": 0.0, "n_train_steps": 110, "n_warmup_steps": 10, **keys})
+    return RunConfig(
+        **{"lr_scheduler": kind, "lr": 1.0, "min_lr": 0.0, "n_train_steps": 110, "n_warmup_steps": 10, **keys}
+    )
 
 
 @pytest.mark.parametrize("kind", ["cosine", "constant", "wsd", "cosine_restarts"])
