@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from .command_line import run_command
 from .families import family_of
+from .folder import TOKENIZER_FILES
 from .language_model import LanguageModel
 from .loading import load_pretrained
 
@@ -87,13 +88,9 @@ def load_model(folder: str, dtype: str | None, device: str) -> nn.Module:
 
 
 def load_tokenizer(folder: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{folder} has no tokenizer that loads ({reason}); name one: tokenizer=FOLDER"
-        ) from None
+    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{folder} holds no tokenizer; give tokenizer=FOLDER")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @torch.no_grad()
