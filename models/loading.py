@@ -3,6 +3,7 @@
 Weights are read one tensor at a time into a model without storage: memory stays near one copy of them.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def read_config(
         raw = dict(source) if isinstance(source, dict) else _read_json(_config_file(Path(source)))
     family = family_of(raw)
     fields = dict(raw) if raw.get("model_type") == family.model_type else family.read_config(raw)
-    unknown = sorted(set(overrides) - set(family.config_class.default_config_fields()))
+    unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(family.config_class)})
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no field of {family.config_class.__name__}")
     if set(overrides) - {"vocab_size"}:

@@ -28,7 +28,7 @@ def exact_fp32_products():
 
 
 def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).cuda()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).cuda()
 
 
 def assert_same_function(function, inputs, dtype):
