@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import saving
 from .blocks import HALF, RMSNorm, at_least_fp32
 from .cache import LayerState, Packing, RecurrentCache
 from .config import LanguageModelConfig
 from .draw import Draw
 from .ops.cross_entropy import linear_cross_entropy
+from .saving import auto_map, bundle_code, complete_folder
 
 SMALL_LOGITS = 2**22  # with labels, logits of at most this many elements are returned besides the loss
 IGNORED = -100
@@ -349,9 +349,9 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """
         if not is_main_process:
             return
-        self.config.auto_map = saving.auto_map(type(self))
-        with saving.complete_folder(save_directory) as folder:
-            saving.bundle_code(type(self), folder)
+        self.config.auto_map = auto_map(type(self))
+        with complete_folder(save_directory) as folder:
+            bundle_code(type(self), folder)
             super().save_pretrained(folder, **kwargs)
         if push_to_hub:
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)))

@@ -59,18 +59,11 @@ def _flattened(file: Path, package: Path) -> tuple[str, list[Path]]:
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
-        base = file.parents[node.level - 1]
-        if node.module is None:  # from . import name: each name is a module
-            targets = [base / f"{alias.name}.py" for alias in node.names]
-        else:
-            targets = [base.joinpath(*node.module.split(".")).with_suffix(".py")]
-        needed += targets
-        if node.module is not None:
-            written = f"from {'.' * node.level}{node.module} import"
-            flat = f"from .{_flat_name(targets[0], package)} import"
-            line = lines[node.lineno - 1]
-            assert written in line, f"{file}:{node.lineno}: unusual import"
-            lines[node.lineno - 1] = line.replace(written, flat)
+        written, line = f"from {'.' * node.level}{node.module} import", lines[node.lineno - 1]
+        assert written in line, f"{file}:{node.lineno}: write `from .module import name` on one line"
+        target = file.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
+        lines[node.lineno - 1] = line.replace(written, f"from .{_flat_name(target, package)} import")
+        needed.append(target)
     return "".join(lines), needed
 
 
