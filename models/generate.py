@@ -60,6 +60,8 @@ def check(arguments: GenerateArguments) -> None:
         raise ValueError(f"temperature={arguments.temperature} must be 0 (greedy) or above")
     if not 0 < arguments.top_p <= 1:
         raise ValueError(f"top_p={arguments.top_p} must be above 0 and at most 1")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={arguments.device}: torch sees no CUDA device here; use device=cpu")
     if not (Path(arguments.model) / "config.json").is_file():
         raise ValueError(f"model={arguments.model} is no model folder: it has no config.json")
 

@@ -111,4 +111,6 @@ def write_published(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     low, high = model.config.time_step_limit
     config["time_step_limit"] = [low, {"__float__": "Infinity"} if math.isinf(high) else high]
     config |= {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"], "hidden_act": "silu"}
+    # where this is true, transformers (5.23) divides the out_proj that it has just loaded by sqrt(layers)
+    config["rescale_prenorm_residual"] = False
     return config, model.state_dict()

@@ -160,7 +160,7 @@ def test_generate_runs_other_causal_models(folders, tmp_path, capsys):
         (["prompt=w1", "top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
         (["prompt=w1", "dtype=int12"], "dtype='int12' is no type of torch"),
         (["prompt_file=/nowhere/at/all"], "/nowhere/at/all"),
-        (["prompt="], "the prompt is empty"),
+        (["prompt=", "device=cpu"], "the prompt is empty"),
     ],
 )
 def test_generate_says_what_is_wrong(folders, capsys, words, message):
