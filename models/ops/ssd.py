@@ -7,7 +7,7 @@ Per head, with decay a_t = exp(dt_t A) in (0, 1]:
 
 `ssd` works on chunks: inside a chunk as masked attention, between chunks through one state per chunk. Every
 decay is the exponential of a sum of log decays over a stretch of tokens, so no exponent is above 0 however
-strong it is. `ssd_recurrent` is the definition, token by token: the oracle of the tests and the decoder's step.
+strong it is. `ssd_recurrent` is the definition, token by token: the oracle of the tests, and the decoder step.
 """
 
 import importlib.util

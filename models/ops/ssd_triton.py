@@ -1,0 +1,289 @@
+"""The SSD operator on CUDA with this repository's own Triton kernels: nothing to compile at installation.
+
+Forward: running decays -> C B^T once per group and chunk -> what every chunk adds to the state -> states in front of
+the chunks -> outputs. Backward: the same states again, their gradients by the mirrored passes, then dx, the gradient of
+C B^T, dB and dC summed over heads inside one program (no atomics: the same bits every time), and ddt from row sums.
+
+States between kernels are in the inputs' dtype, sums and decays in fp32. Only the inputs are kept for the backward.
+"""
+
+import torch
+from torch import Tensor
+
+from .ssd_triton_backward import (
+    key_gradients_kernel,
+    pass_gradients_kernel,
+    score_gradients_kernel,
+    step_gradients_kernel,
+)
+from .ssd_triton_forward import (
+    cumulative_kernel,
+    outputs_kernel,
+    pass_states_kernel,
+    scores_kernel,
+    states_kernel,
+)
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError("models/ops/ssd_triton.py needs triton") from error
+
+HEAD_DIMS = (16, 32, 64, 128)
+STATE_SIZES = (16, 32, 64, 128, 256, 512)
+
+# by number of bytes of an input element: tiles of each kernel, chosen on an H100
+CONFIGS = {
+    2: {
+        "chunk": 256,
+        "scores": {"ROWS": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        "states": {"HEADS": 2, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+        "pass": {"BLOCK": 1024, "num_warps": 4},
+        "outputs": {"ROWS": 128, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        "score_gradients": {"ROWS": 128, "num_warps": 8, "num_stages": 2},
+        "key_gradients": {"ROWS": 128, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+        "steps": {"HEADS": 4, "num_warps": 4},
+    },
+    4: {
+        "chunk": 64,
+        "scores": {"ROWS": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        "states": {"HEADS": 1, "BLOCK_K": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        "pass": {"BLOCK": 512, "num_warps": 4},
+        "outputs": {"ROWS": 64, "BLOCK_K": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        "score_gradients": {"ROWS": 64, "num_warps": 8, "num_stages": 1},
+        "key_gradients": {"ROWS": 64, "BLOCK_K": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        "steps": {"HEADS": 4, "num_warps": 4},
+    },
+}
+
+
+class Shape:
+    """Sizes of one call, its table of chunks, and the configuration that follows from them."""
+
+    def __init__(self, x: Tensor, B: Tensor, cu_seqlens: Tensor | None):
+        batch, self.length, self.heads, self.head_dim = x.shape
+        self.groups, self.state_size = B.shape[2:]
+        self.config = {
+            name: dict(values) if isinstance(values, dict) else values
+            for name, values in CONFIGS[x.element_size()].items()
+        }
+        self.chunk = self.config["chunk"]
+        self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
+        self.state_dtype = x.dtype
+        self.sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        self.start, self.lengths, self.first = chunk_table(batch, self.length, self.chunk, cu_seqlens, x.device)
+        self.chunks = self.start.numel()
+
+    def tiles(self, kernel: str) -> dict:
+        """Launch options of a kernel, cut down to this shape."""
+        config = dict(self.config[kernel])
+        if "BLOCK_N" in config:
+            config["BLOCK_N"] = min(config["BLOCK_N"], self.state_size)
+        if kernel == "states" and ((self.heads // self.groups) % config["HEADS"] or self.head_dim > 64):
+            config["HEADS"] = 1
+        if "BLOCK" in config:
+            config["BLOCK"] = min(config["BLOCK"], self.head_dim * self.state_size)
+        return config
+
+    def sizes(self, *names: str) -> dict:
+        """The constants a kernel is compiled for."""
+        values = {"H": self.heads, "G": self.groups, "P": self.head_dim, "N": self.state_size, "Q": self.chunk}
+        return {name: values[name] for name in names}
+
+
+def chunk_table(
+    batch: int, length: int, size: int, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First token and number of tokens of every chunk, and the first chunk of every sequence (and their number).
+
+    Made on the device without waiting for it: packed sequences get the largest number of chunks that they can need, and
+    those that are not needed have no tokens.
+    """
+    if cu_seqlens is None:
+        offsets = torch.arange(batch + 1, device=device) * length
+        chunks = batch * triton.cdiv(length, size)
+    else:
+        offsets = cu_seqlens.to(device=device, dtype=torch.long)
+        chunks = length // size + cu_seqlens.numel() - 1
+    first = torch.zeros_like(offsets)
+    torch.cumsum((offsets.diff() + size - 1) // size, dim=0, out=first[1:])
+    chunk = torch.arange(chunks, device=device)
+    sequence = (torch.searchsorted(first, chunk, right=True) - 1).clamp_max(offsets.numel() - 2)
+    start = offsets[sequence] + (chunk - first[sequence]) * size
+    lengths = (offsets[sequence + 1] - start).clamp(0, size)
+    return start, lengths.to(torch.int32), first
+
+
+def ssd_triton(x, dt, A, B, C, *, D, initial_state, output_final_state, cu_seqlens):
+    """`ssd` of `models/ops/ssd.py` on these kernels."""
+    y, final = _SSD.apply(x, dt, A, B.to(x.dtype), C.to(x.dtype), D, initial_state, output_final_state, cu_seqlens)
+    return y, final if output_final_state else None
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
+        x, dt, B, C = (_rows(t) for t in (x, dt.float(), B, C))
+        A, D = A.float().contiguous(), None if D is None else D.float().contiguous()
+        initial_state = None if initial_state is None else initial_state.contiguous()
+        shape = Shape(x, B, cu_seqlens)
+        decays = running_decays(shape, dt, A)
+        scores = chunk_scores(shape, B, C)
+        states = chunk_states(shape, x, B, decays, forward=True)
+        final = pass_states(shape, states, decays, initial_state, output_final_state)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        outputs(shape, x, C, states, scores, D, decays, y, forward=True)
+        ctx.save_for_backward(x, dt, A, B, C, D, initial_state)
+        ctx.shape = shape
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    def backward(ctx, dy, dfinal):
+        x, dt, A, B, C, D, initial_state = ctx.saved_tensors
+        shape: Shape = ctx.shape
+        dy = torch.zeros_like(x) if dy is None else _rows(dy)
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        decays = running_decays(shape, dt, A)
+        scores = chunk_scores(shape, B, C)
+        states = chunk_states(shape, x, B, decays, forward=True)
+        pass_states(shape, states, decays, initial_state, False)
+        gradients = chunk_states(shape, dy, C, decays, forward=False)
+        decay_parts, dinitial = pass_gradients(shape, gradients, states, decays, dfinal, initial_state)
+
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        outputs(shape, dy, B, gradients, scores, D, decays, dx, forward=False)
+        dscores, row_sums, column_sums, dD = score_gradients(shape, x, dy, scores, decays, D is not None)
+        dC, read_sums = key_gradients(shape, dy, C, B, states, dscores, decays, queries=True)
+        dB, added_sums = key_gradients(shape, x, B, C, gradients, dscores, decays, queries=False)
+        sums = (row_sums, column_sums, read_sums, added_sums)
+        ddt, dA = step_gradients(shape, dt, A, decays, sums, decay_parts)
+        if dinitial is not None:
+            dinitial = dinitial.to(initial_state.dtype)
+        return dx, ddt, dA, dB, dC, dD, dinitial, None, None
+
+
+def running_decays(shape: Shape, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Running sums of log2 decays inside every chunk, and dt, both `[chunks, H, Q]`."""
+    cumulative = torch.empty(shape.chunks, shape.heads, shape.chunk, dtype=torch.float32, device=dt.device)
+    steps = torch.empty_like(cumulative)
+    heads = min(8, triton.next_power_of_2(shape.heads))
+    cumulative_kernel[(triton.cdiv(shape.heads, heads), shape.chunks)](
+        dt, A, shape.start, shape.lengths, cumulative, steps, dt.stride(1), **shape.sizes("H", "Q"), HEADS=heads
+    )
+    return cumulative, steps
+
+
+def chunk_scores(shape: Shape, B: Tensor, C: Tensor) -> Tensor:
+    """C B^T of every chunk `[chunks, G, Q, Q]`; tiles above the diagonal stay unwritten."""
+    scores = torch.empty(shape.chunks, shape.groups, shape.chunk, shape.chunk, dtype=B.dtype, device=B.device)
+    tiles = shape.tiles("scores")
+    grid = ((shape.chunk // tiles["ROWS"]) ** 2, shape.groups, shape.chunks)
+    scores_kernel[grid](
+        C, B, shape.start, shape.lengths, scores, C.stride(1), B.stride(1),
+        **shape.sizes("G", "N", "Q"), **tiles, PRECISION=shape.precision,
+    )  # fmt: skip
+    return scores
+
+
+def chunk_states(shape: Shape, values: Tensor, keys: Tensor, decays, *, forward: bool) -> Tensor:
+    """What every chunk adds to the state (x and B), or asks of it in the backward (dy and C): `[chunks, H, P, N]`."""
+    states = torch.empty(
+        shape.chunks, shape.heads, shape.head_dim, shape.state_size, dtype=shape.state_dtype, device=keys.device
+    )
+    tiles = shape.tiles("states")
+    grid = (shape.state_size // tiles["BLOCK_N"], shape.heads // tiles["HEADS"], shape.chunks)
+    states_kernel[grid](
+        values, keys, shape.start, shape.lengths, *decays, states, values.stride(1), keys.stride(1),
+        **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward, PRECISION=shape.precision,
+    )  # fmt: skip
+    return states
+
+
+def pass_states(shape: Shape, states: Tensor, decays, initial_state: Tensor | None, final: bool) -> Tensor | None:
+    """Makes `states` the states in front of the chunks; the final states `[S, H, P, N]` if asked for."""
+    last = None
+    if final:
+        last = torch.empty(shape.sequences, *states.shape[1:], dtype=torch.float32, device=states.device)
+    size, tiles = shape.head_dim * shape.state_size, shape.tiles("pass")
+    pass_states_kernel[(size // tiles["BLOCK"], shape.heads, shape.sequences)](
+        states, decays[0], shape.first, initial_state, last,
+        **shape.sizes("H", "Q"), **tiles, PN=size, HAS_INITIAL=initial_state is not None, HAS_FINAL=final,
+    )  # fmt: skip
+    return last
+
+
+def outputs(shape: Shape, values, keys, states, scores, D, decays, out: Tensor, *, forward: bool) -> None:
+    """Fills `out` with y from x, C and the states, or with dx from dy, B and their gradients."""
+    tiles = shape.tiles("outputs")
+    outputs_kernel[(shape.chunk // tiles["ROWS"], shape.heads, shape.chunks)](
+        values, keys, states, scores, D, shape.start, shape.lengths, *decays, out, values.stride(1), keys.stride(1),
+        **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward, HAS_D=D is not None,
+        PRECISION=shape.precision,
+    )  # fmt: skip
+
+
+def pass_gradients(shape: Shape, gradients: Tensor, states: Tensor, decays, dfinal, initial_state):
+    """Makes `gradients` those of the states behind the chunks; parts of the decays' gradients; dinitial_state."""
+    size, tiles = shape.head_dim * shape.state_size, shape.tiles("pass")
+    blocks = size // tiles["BLOCK"]
+    parts = torch.empty(shape.chunks, shape.heads, blocks, dtype=torch.float32, device=states.device)
+    dinitial = None if initial_state is None else torch.empty_like(initial_state, dtype=torch.float32)
+    pass_gradients_kernel[(blocks, shape.heads, shape.sequences)](
+        gradients, states, decays[0], shape.first, dfinal, dinitial, parts,
+        **shape.sizes("H", "Q"), **tiles, PN=size, HAS_FINAL=dfinal is not None, HAS_INITIAL=dinitial is not None,
+    )  # fmt: skip
+    return parts, dinitial
+
+
+def score_gradients(shape: Shape, x: Tensor, dy: Tensor, scores: Tensor, decays, has_D: bool):
+    """Gradient of the scores (over all heads of a group), row and column sums of every head, and dD."""
+    tiles = shape.tiles("score_gradients")
+    count = shape.chunk // tiles["ROWS"]
+    dscores = torch.empty_like(scores)
+    row_sums = torch.empty(shape.chunks, shape.heads, count, shape.chunk, dtype=torch.float32, device=x.device)
+    column_sums = torch.empty_like(row_sums)
+    dD = torch.zeros(shape.chunks, shape.heads, count, dtype=torch.float32, device=x.device) if has_D else None
+    score_gradients_kernel[(count**2, shape.groups, shape.chunks)](
+        x, dy, scores, shape.start, shape.lengths, *decays, dscores, row_sums, column_sums, dD,
+        x.stride(1), dy.stride(1), **shape.sizes("H", "G", "P", "Q"), **tiles, HAS_D=has_D,
+        PRECISION=shape.precision,
+    )  # fmt: skip
+    return dscores, row_sums, column_sums, dD.sum((0, 2)) if has_D else None
+
+
+def key_gradients(shape: Shape, values, keys, others, states, dscores, decays, *, queries: bool):
+    """dC (queries) or dB `[B, T, G, N]`, and what each token reads or adds `[blocks of N, chunks, H, Q]`."""
+    tiles = shape.tiles("key_gradients")
+    blocks = shape.state_size // tiles["BLOCK_N"]
+    out = torch.empty_like(keys, memory_format=torch.contiguous_format)
+    sums = torch.empty(blocks, shape.chunks, shape.heads, shape.chunk, dtype=torch.float32, device=keys.device)
+    key_gradients_kernel[(shape.chunk // tiles["ROWS"], blocks, shape.chunks * shape.groups)](
+        values, keys, others, states, dscores, shape.start, shape.lengths, *decays, out, sums,
+        values.stride(1), keys.stride(1), others.stride(1),
+        **shape.sizes("H", "G", "P", "N", "Q"), **tiles, QUERIES=queries, PRECISION=shape.precision,
+    )  # fmt: skip
+    return out, sums
+
+
+def step_gradients(shape: Shape, dt: Tensor, A: Tensor, decays, sums, decay_parts) -> tuple[Tensor, Tensor]:
+    """ddt `[B, T, H]` and dA `[H]` from the sums of the other kernels."""
+    row_sums, _, read_sums, _ = sums
+    tiles = shape.tiles("steps")
+    ddt = torch.empty(dt.shape, dtype=torch.float32, device=dt.device)
+    dA = torch.empty(shape.chunks, shape.heads, dtype=torch.float32, device=dt.device)
+    step_gradients_kernel[(triton.cdiv(shape.heads, tiles["HEADS"]), shape.chunks)](
+        A, shape.start, shape.lengths, decays[1], *sums, decay_parts, ddt, dA,
+        **shape.sizes("H", "Q"), **tiles, TILES=row_sums.shape[2], N_BLOCKS=read_sums.shape[0],
+        DECAY_BLOCKS=decay_parts.shape[2],
+    )  # fmt: skip
+    return ddt, dA.sum(0)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """The tensor itself where a constant stride leads from token to token through all rows, else a copy."""
+    inner = t.shape[2:]
+    packed = torch.empty(0).new_empty(inner, device="meta").stride()
+    if t.stride()[2:] == packed and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1)):
+        return t
+    return t.contiguous()

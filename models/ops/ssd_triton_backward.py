@@ -1,0 +1,209 @@
+"""Triton kernels of the SSD operator that only its backward pass needs; layouts and legend as in the forward file.
+
+The gradient of a log decay needs, for every token t, the sum over all pairs (j, i) with j < t <= i of what j gives to
+i. Both ends of each pair are summed from the same fp32 products, row sums and column sums, so that the pairs on one
+side of t cancel in the running sum instead of leaving their rounding behind.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("models/ops/ssd_triton_backward.py needs triton") from error
+
+
+@triton.jit
+def pass_gradients_kernel(
+    gradients_ptr, states_ptr, cumulative_ptr, first_ptr, final_ptr, initial_ptr, decay_ptr,
+    H: tl.constexpr, PN: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, HAS_FINAL: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """Turns what each chunk asks of the state in front of it into the gradient of the state behind it, in place.
+
+    Also the part of this block in the gradient of each chunk's total decay. Grid: (PN / BLOCK, H, sequences).
+    """
+    sequence, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = (sequence * H + head) * PN + element
+    if HAS_FINAL:
+        gradient = tl.load(final_ptr + own).to(tl.float32)
+    else:
+        gradient = tl.zeros([BLOCK], tl.float32)
+    first, end = tl.load(first_ptr + sequence), tl.load(first_ptr + sequence + 1)
+    blocks = tl.num_programs(0)
+    for step in range(0, end - first, 2):
+        row = (end - 1 - step) * H + head
+        at = row * PN + element
+        second = end - 2 - step >= first
+        asked_0 = tl.load(gradients_ptr + at).to(tl.float32)
+        asked_1 = tl.load(gradients_ptr + at - H * PN, mask=second, other=0.0).to(tl.float32)
+        state_0 = tl.load(states_ptr + at).to(tl.float32)
+        state_1 = tl.load(states_ptr + at - H * PN, mask=second, other=0.0).to(tl.float32)
+        ends = cumulative_ptr + row * Q + Q - 1
+        decay_0, decay_1 = tl.exp2(tl.load(ends)), tl.exp2(tl.load(ends - H * Q, mask=second, other=0.0))
+        part = decay_ptr + row * blocks + tl.program_id(0)
+        tl.store(gradients_ptr + at, gradient.to(gradients_ptr.dtype.element_ty))
+        tl.store(part, tl.sum(gradient * state_0) * decay_0)
+        gradient = gradient * decay_0 + asked_0
+        tl.store(gradients_ptr + at - H * PN, gradient.to(gradients_ptr.dtype.element_ty), mask=second)
+        tl.store(part - H * blocks, tl.sum(gradient * state_1) * decay_1, mask=second)
+        gradient = gradient * decay_1 + asked_1
+    if HAS_INITIAL:
+        tl.store(initial_ptr + own, gradient)
+
+
+@triton.jit
+def score_gradients_kernel(
+    x_ptr, dy_ptr, scores_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr,
+    dscores_ptr, row_sums_ptr, column_sums_ptr, dD_ptr, x_stride, dy_stride,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, HAS_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the scores, summed over the heads of a group, in tiles that touch j <= i.
+
+    With pair_ij = (dy_i . x_j) decay(j, i] of one head: dscores_ij = sum over heads of pair_ij dt_j;
+    row_sums[c, h, tile of j, i] = sum_j pair_ij scores_ij dt_j; column_sums[c, h, tile of i, j] = sum_i pair_ij scores_ij.
+    Grid: ((Q / ROWS)^2, G, chunks).
+    """
+    tiles: tl.constexpr = Q // ROWS
+    chunk, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    tile_i, tile_j = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)
+    if tile_j > tile_i or length == 0:
+        return
+    i, j = tile_i * ROWS + tl.arange(0, ROWS), tile_j * ROWS + tl.arange(0, ROWS)
+    diagonal = tile_i == tile_j
+    tile = (chunk * G + group) * (Q * Q) + i[:, None] * Q + j[None, :]
+    scores = tl.load(scores_ptr + tile).to(tl.float32)
+    causal = i[:, None] >= j[None, :]
+    if diagonal:
+        scores = tl.where(causal, scores, 0.0)
+    channels = tl.arange(0, P)
+    dscores = tl.zeros([ROWS, ROWS], tl.float32)
+    for head in range(group * (H // G), (group + 1) * (H // G)):
+        base = chunk * (H * Q) + head * Q
+        x_at = x_ptr + (start + j)[:, None] * x_stride + head * P + channels[None, :]
+        dy_at = dy_ptr + (start + i)[:, None] * dy_stride + head * P + channels[None, :]
+        x = tl.load(x_at, mask=(j < length)[:, None], other=0.0)
+        dy = tl.load(dy_at, mask=(i < length)[:, None], other=0.0)
+        pair = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
+        cumulative_i, cumulative_j = tl.load(cumulative_ptr + base + i), tl.load(cumulative_ptr + base + j)
+        steps = tl.load(steps_ptr + base + j)
+        if diagonal:
+            if HAS_D:
+                at = (chunk * H + head) * tiles + tile_i
+                tl.store(dD_ptr + at, tl.sum(tl.where(i[:, None] == j[None, :], pair, 0.0)))
+            pair = tl.where(causal, pair * tl.exp2(cumulative_i[:, None] - cumulative_j[None, :]), 0.0)
+        else:
+            edge = tl.load(cumulative_ptr + base + tile_i * ROWS - 1)
+            pair = pair * tl.exp2(cumulative_i - edge)[:, None] * tl.exp2(edge - cumulative_j)[None, :]
+        dscores += pair * steps[None, :]
+        pair *= scores
+        sums = (chunk * H + head) * (tiles * Q)
+        tl.store(column_sums_ptr + sums + tile_i * Q + j, tl.sum(pair, axis=0))
+        tl.store(row_sums_ptr + sums + tile_j * Q + i, tl.sum(pair * steps[None, :], axis=1))
+    tl.store(dscores_ptr + tile, dscores.to(dscores_ptr.dtype.element_ty))
+
+
+@triton.jit
+def key_gradients_kernel(
+    values_ptr, keys_ptr, others_ptr, states_ptr, dscores_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr,
+    out_ptr, sums_ptr, values_stride, keys_stride, others_stride,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dC (QUERIES) or dB, summed over the heads of a group.
+
+    dC_i = sum_heads decay(start, i] dy_i state + sum_j dscores_ij B_j           values dy, keys C, others B
+    dB_j = sum_heads dt_j decay(j, end] x_j state + sum_i dscores_ij C_i         values x, keys B, others C
+    with the state in front of the chunk, or the gradient of the one behind it. sums[block of N, c, h, token] is the
+    first term of one head times the key, without dt. Grid: (Q / ROWS, N / BLOCK_N, chunks * G).
+    """
+    chunk, group = (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
+    start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)
+    first_row = tl.program_id(0) * ROWS
+    if first_row >= length:
+        return
+    rows, channels = first_row + tl.arange(0, ROWS), tl.arange(0, P)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rows < length)[:, None]
+    keys = tl.load(keys_ptr + (start + rows)[:, None] * keys_stride + group * N + columns[None, :], mask=inside, other=0.0)
+    keys = keys.to(tl.float32)
+    values_at = values_ptr + (start + rows)[:, None] * values_stride + channels[None, :]
+    chunks = tl.num_programs(2) // G
+    sums_at = sums_ptr + tl.program_id(1) * (chunks.to(tl.int64) * (H * Q)) + rows
+    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for head in range(group * (H // G), (group + 1) * (H // G)):
+        base = chunk * (H * Q) + head * Q
+        values = tl.load(values_at + head * P, mask=inside, other=0.0)
+        states_at = states_ptr + (chunk * H + head) * (P * N) + channels[:, None] * N + columns[None, :]
+        read = tl.dot(values, tl.load(states_at), input_precision=PRECISION)
+        cumulative = tl.load(cumulative_ptr + base + rows)
+        if QUERIES:
+            decay = tl.exp2(cumulative)
+            scale = decay
+        else:
+            decay = tl.exp2(tl.load(cumulative_ptr + base + Q - 1) - cumulative)
+            scale = decay * tl.load(steps_ptr + base + rows)
+        tl.store(sums_at + base, tl.sum(read * keys, axis=1) * decay)
+        total += read * scale[:, None]
+
+    others_at = others_ptr + start * others_stride + group * N + columns[None, :]
+    dscores_at = dscores_ptr + (chunk * G + group) * (Q * Q)
+    begin = 0 if QUERIES else first_row
+    end = first_row + ROWS if QUERIES else length
+    for k in range(begin, end, BLOCK_K):
+        token = k + tl.arange(0, BLOCK_K)
+        if QUERIES:
+            causal = rows[:, None] >= token[None, :]
+            weights = tl.load(dscores_at + rows[:, None] * Q + token[None, :], mask=causal, other=0.0)
+        else:
+            causal = token[None, :] >= rows[:, None]
+            weights = tl.load(dscores_at + token[None, :] * Q + rows[:, None], mask=causal, other=0.0)
+        others = tl.load(others_at + token[:, None] * others_stride, mask=(token < length)[:, None], other=0.0)
+        total = tl.dot(weights.to(others.dtype), others, total, input_precision=PRECISION)
+    at = out_ptr + ((start + rows)[:, None] * G + group) * N + columns[None, :]
+    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def step_gradients_kernel(
+    A_ptr, start_ptr, length_ptr, steps_ptr, row_sums_ptr, column_sums_ptr, read_sums_ptr, added_sums_ptr, decay_ptr,
+    ddt_ptr, dA_ptr,
+    H: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, N_BLOCKS: tl.constexpr,
+    DECAY_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """ddt, and each chunk's part of dA, from the sums of the other kernels. Grid: (H / HEADS, chunks).
+
+    The gradient of the log decay of token t is a sum over all places at or behind it, so places run backwards here.
+    """
+    chunk, chunks = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    heads = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)
+    places = Q - 1 - tl.arange(0, Q)
+    known = (heads < H)[:, None] & (places < length)[None, :]
+    rows = tl.zeros([HEADS, Q], tl.float32)
+    columns = tl.zeros([HEADS, Q], tl.float32)
+    sums_at = (chunk * H + heads)[:, None] * (TILES * Q) + places[None, :]
+    tile = (places // (Q // TILES))[None, :]
+    for t in tl.static_range(TILES):
+        rows += tl.load(row_sums_ptr + sums_at + t * Q, mask=known & (tile >= t), other=0.0)
+        columns += tl.load(column_sums_ptr + sums_at + t * Q, mask=known & (tile <= t), other=0.0)
+    added = tl.zeros([HEADS, Q], tl.float32)
+    at = (chunk * H + heads)[:, None] * Q + places[None, :]
+    for n in tl.static_range(N_BLOCKS):
+        block = n * (chunks.to(tl.int64) * (H * Q))
+        rows += tl.load(read_sums_ptr + block + at, mask=known, other=0.0)
+        added += tl.load(added_sums_ptr + block + at, mask=known, other=0.0)
+    steps = tl.load(steps_ptr + at, mask=known, other=0.0)
+    decay_at = decay_ptr + (chunk * H + heads)[:, None] * DECAY_BLOCKS + tl.arange(0, DECAY_BLOCKS)[None, :]
+    whole = tl.sum(tl.load(decay_at, mask=(heads < H)[:, None] & (length > 0), other=0.0), axis=1)
+    # a log decay at t scales what the chunk adds to the state at places before t: all of it less that from t on
+    total_added = tl.sum(added * steps, axis=1)
+    behind = tl.cumsum(rows - (columns + added) * steps, axis=1)
+    gradient = behind + (whole + total_added)[:, None]
+    gradient = tl.where(known, gradient, 0.0)
+    rate = tl.load(A_ptr + heads, mask=heads < H, other=0.0)
+    ddt = gradient * rate[:, None] + columns + added
+    tl.store(ddt_ptr + (start + places)[None, :] * H + heads[:, None], ddt, mask=known)
+    tl.store(dA_ptr + chunk * H + heads, tl.sum(gradient * steps, axis=1), mask=heads < H)

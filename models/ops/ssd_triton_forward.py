@@ -1,0 +1,234 @@
+"""Triton kernels of the SSD operator that its forward pass needs (most of them serve the backward pass too).
+
+Tokens of all sequences lie in one row; a table cuts the row into chunks of at most Q tokens that stop where a
+sequence stops. Legend: c chunk, h head, g group, Q chunk length, P head dimension, N state size. Arrays that only
+these kernels see are laid out by chunk: `cumulative[c, h, Q]` is the running sum of log2 decays inside a chunk
+(places behind the last token repeat it), `steps[c, h, Q]` is dt, `scores[c, g, Q, Q]` is C B^T.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("models/ops/ssd_triton_forward.py needs triton") from error
+
+
+@triton.jit
+def cumulative_kernel(
+    dt_ptr, A_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr, dt_stride,
+    H: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Running sums of log2 decays, and dt, in chunk layout. Grid: (H / HEADS, chunks)."""
+    chunk = tl.program_id(1).to(tl.int64)
+    heads = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    places = tl.arange(0, Q)
+    start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)
+    inside = (places < length)[:, None] & (heads < H)[None, :]
+    token = start + places
+    dt = tl.load(dt_ptr + token[:, None] * dt_stride + heads[None, :], mask=inside, other=0.0)
+    rate = tl.load(A_ptr + heads, mask=heads < H, other=0.0) * 1.4426950408889634  # decays become powers of two
+    at = chunk * (H * Q) + heads[None, :] * Q + places[:, None]
+    known = (heads < H)[None, :] & (places >= 0)[:, None]
+    tl.store(cumulative_ptr + at, tl.cumsum(dt * rate[None, :], axis=0), mask=known)
+    tl.store(steps_ptr + at, dt, mask=known)
+
+
+@triton.jit
+def scores_kernel(
+    C_ptr, B_ptr, start_ptr, length_ptr, scores_ptr, C_stride, B_stride,
+    G: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scores[c, g, i, j] = C_i . B_j in tiles that touch j <= i. Grid: ((Q / ROWS)^2, G, chunks)."""
+    chunk, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    tile_i, tile_j = tl.program_id(0) // (Q // ROWS), tl.program_id(0) % (Q // ROWS)
+    start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)
+    if tile_j > tile_i or length == 0:
+        return
+    i, j = tile_i * ROWS + tl.arange(0, ROWS), tile_j * ROWS + tl.arange(0, ROWS)
+    C_rows = C_ptr + (start + i)[:, None] * C_stride + group * N
+    B_rows = B_ptr + (start + j)[:, None] * B_stride + group * N
+    total = tl.zeros([ROWS, ROWS], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        columns = n + tl.arange(0, BLOCK_N)[None, :]
+        queries = tl.load(C_rows + columns, mask=(i < length)[:, None], other=0.0)
+        keys = tl.load(B_rows + columns, mask=(j < length)[:, None], other=0.0)
+        total = tl.dot(queries, tl.trans(keys), total, input_precision=PRECISION)
+    at = (chunk * G + group) * (Q * Q) + i[:, None] * Q + j[None, :]
+    tl.store(scores_ptr + at, total.to(scores_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _state_scale(cumulative_ptr, steps_ptr, at, last, FORWARD: tl.constexpr):
+    """How much a token adds to the state behind its chunk, or (backward) reads from the state in front of it."""
+    cumulative = tl.load(cumulative_ptr + at)
+    if FORWARD:
+        return tl.exp2(last - cumulative) * tl.load(steps_ptr + at)
+    return tl.exp2(cumulative)
+
+
+@triton.jit
+def states_kernel(
+    values_ptr, keys_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr, states_ptr, values_stride, keys_stride,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, FORWARD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """states[c, h] = sum_j scale_j values_j keys_j^T, of one or two heads. Grid: (N / BLOCK_N, H / HEADS, chunks)."""
+    chunk = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1) * HEADS
+    start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)
+    if length == 0:
+        return
+    channels, columns = tl.arange(0, HEADS * P), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    base = chunk * (H * Q) + head * Q
+    last = tl.load(cumulative_ptr + base + Q - 1)
+    second_last = tl.load(cumulative_ptr + base + HEADS * Q - 1)
+    values_at = values_ptr + start * values_stride + head * P + channels[None, :]
+    keys_at = keys_ptr + start * keys_stride + (head // (H // G)) * N + columns[None, :]
+    total = tl.zeros([BLOCK_N, HEADS * P], tl.float32)
+    for k in range(0, length, BLOCK_K):
+        token = k + tl.arange(0, BLOCK_K)
+        inside = (token < length)[:, None]
+        values = tl.load(values_at + token[:, None] * values_stride, mask=inside, other=0.0)
+        keys = tl.load(keys_at + token[:, None] * keys_stride, mask=inside, other=0.0)
+        scale = _state_scale(cumulative_ptr, steps_ptr, base + token, last, FORWARD)[:, None]
+        if HEADS == 2:
+            second = _state_scale(cumulative_ptr, steps_ptr, base + Q + token, second_last, FORWARD)[:, None]
+            scale = tl.where(channels[None, :] < P, scale, second)
+        scaled = (values * scale).to(keys.dtype)
+        total = tl.dot(tl.trans(keys), scaled, total, input_precision=PRECISION)
+    at = (chunk * H + head) * (P * N) + channels[:, None] * N + columns[None, :]
+    tl.store(states_ptr + at, tl.trans(total).to(states_ptr.dtype.element_ty))
+
+
+@triton.jit
+def pass_states_kernel(
+    states_ptr, cumulative_ptr, first_ptr, initial_ptr, final_ptr,
+    H: tl.constexpr, PN: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+):  # fmt: skip
+    """Turns what each chunk adds into the state in front of it, in place. Grid: (PN / BLOCK, H, sequences)."""
+    sequence, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = (sequence * H + head) * PN + element
+    if HAS_INITIAL:
+        state = tl.load(initial_ptr + own).to(tl.float32)
+    else:
+        state = tl.zeros([BLOCK], tl.float32)
+    end = tl.load(first_ptr + sequence + 1)
+    # four loads on their way at a time: a single one would leave the memory idle
+    for chunk in range(tl.load(first_ptr + sequence), end, 4):
+        row = chunk * H + head
+        at = states_ptr + row * PN + element
+        ends = cumulative_ptr + row * Q + Q - 1
+        has_1, has_2, has_3 = chunk + 1 < end, chunk + 2 < end, chunk + 3 < end
+        added_0 = tl.load(at).to(tl.float32)
+        added_1 = tl.load(at + H * PN, mask=has_1, other=0.0).to(tl.float32)
+        added_2 = tl.load(at + 2 * H * PN, mask=has_2, other=0.0).to(tl.float32)
+        added_3 = tl.load(at + 3 * H * PN, mask=has_3, other=0.0).to(tl.float32)
+        decay_0 = tl.exp2(tl.load(ends))
+        decay_1 = tl.exp2(tl.load(ends + H * Q, mask=has_1, other=0.0))
+        decay_2 = tl.exp2(tl.load(ends + 2 * H * Q, mask=has_2, other=0.0))
+        decay_3 = tl.exp2(tl.load(ends + 3 * H * Q, mask=has_3, other=0.0))
+        tl.store(at, state.to(states_ptr.dtype.element_ty))
+        state = state * decay_0 + added_0
+        tl.store(at + H * PN, state.to(states_ptr.dtype.element_ty), mask=has_1)
+        state = state * decay_1 + added_1
+        tl.store(at + 2 * H * PN, state.to(states_ptr.dtype.element_ty), mask=has_2)
+        state = state * decay_2 + added_2
+        tl.store(at + 3 * H * PN, state.to(states_ptr.dtype.element_ty), mask=has_3)
+        state = state * decay_3 + added_3
+    if HAS_FINAL:
+        tl.store(final_ptr + own, state)
+
+
+@triton.jit
+def _weights(scores_ptr, i, j, Q: tl.constexpr, FORWARD: tl.constexpr):
+    """A tile of scores whose rows are queries (forward) or keys (backward)."""
+    if FORWARD:
+        return tl.load(scores_ptr + i[:, None] * Q + j[None, :])
+    return tl.load(scores_ptr + j[None, :] * Q + i[:, None])
+
+
+@triton.jit
+def outputs_kernel(
+    values_ptr, keys_ptr, states_ptr, scores_ptr, D_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr, out_ptr,
+    values_stride, keys_stride,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, FORWARD: tl.constexpr, HAS_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y from x (forward), or dx from dy: the same sums with the roles of query and key exchanged.
+
+    forward:  out_i = sum_{j <= i} scores_ij decay(j, i] dt_j values_j + decay(start, i] state C_i + D values_i
+    backward: out_j = dt_j (sum_{i >= j} scores_ij decay(j, i] values_i + decay(j, end] state B_j) + D values_j
+
+    Decays to tokens of other tiles are split at the tile's edge into a factor per row and one per column, both at
+    most one: only the tile on the diagonal takes an exponential per element. Grid: (Q / ROWS, H, chunks).
+    """
+    chunk, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)
+    first_row = tl.program_id(0) * ROWS
+    if first_row >= length:
+        return
+    group = head // (H // G)
+    rows, channels = first_row + tl.arange(0, ROWS), tl.arange(0, P)
+    base = chunk * (H * Q) + head * Q
+    cumulative = tl.load(cumulative_ptr + base + rows)
+    if FORWARD:
+        edge = tl.load(cumulative_ptr + base + first_row - 1, mask=first_row > 0, other=0.0)
+        state_factor = tl.exp2(edge)
+        row_factor = tl.exp2(cumulative - edge)
+        begin, end = 0, first_row
+    else:
+        edge = tl.load(cumulative_ptr + base + first_row + ROWS - 1)
+        state_factor = tl.exp2(tl.load(cumulative_ptr + base + Q - 1) - edge)
+        row_factor = tl.exp2(edge - cumulative)
+        begin, end = first_row + ROWS, length
+
+    keys_at = keys_ptr + (start + rows)[:, None] * keys_stride + group * N
+    states_at = states_ptr + (chunk * H + head) * (P * N) + channels[:, None] * N
+    total = tl.zeros([ROWS, P], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        columns = n + tl.arange(0, BLOCK_N)[None, :]
+        keys = tl.load(keys_at + columns, mask=(rows < length)[:, None], other=0.0)
+        state = tl.load(states_at + columns)
+        total = tl.dot(keys, tl.trans(state), total, input_precision=PRECISION)
+    total *= state_factor
+
+    values_at = values_ptr + start * values_stride + head * P + channels[None, :]
+    scores_at = scores_ptr + (chunk * G + group) * (Q * Q)
+    for k in range(begin, end, BLOCK_K):
+        token = k + tl.arange(0, BLOCK_K)
+        other = tl.load(cumulative_ptr + base + token)
+        if FORWARD:
+            factor = tl.exp2(edge - other) * tl.load(steps_ptr + base + token)
+        else:
+            factor = tl.exp2(other - edge)
+        weights = _weights(scores_at, rows, token, Q, FORWARD) * factor[None, :]
+        values = tl.load(values_at + token[:, None] * values_stride, mask=(token < length)[:, None], other=0.0)
+        total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
+    total *= row_factor[:, None]
+
+    for k in tl.static_range(0, ROWS, BLOCK_K):
+        token = first_row + k + tl.arange(0, BLOCK_K)
+        other = tl.load(cumulative_ptr + base + token)
+        if FORWARD:
+            causal = rows[:, None] >= token[None, :]
+            decay = tl.exp2(cumulative[:, None] - other[None, :]) * tl.load(steps_ptr + base + token)[None, :]
+        else:
+            causal = token[None, :] >= rows[:, None]
+            decay = tl.exp2(other[None, :] - cumulative[:, None])
+        # the other side of the diagonal may hold anything, infinities too: chosen away, not multiplied away
+        weights = tl.where(causal, _weights(scores_at, rows, token, Q, FORWARD) * decay, 0.0)
+        values = tl.load(values_at + token[:, None] * values_stride, mask=(token < length)[:, None], other=0.0)
+        total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
+
+    if not FORWARD:
+        total *= tl.load(steps_ptr + base + rows)[:, None]
+    inside = (rows < length)[:, None]
+    if HAS_D:
+        values = tl.load(values_at + rows[:, None] * values_stride, mask=inside, other=0.0)
+        total += values * tl.load(D_ptr + head)
+    at = ((start + rows)[:, None] * H + head) * P + channels[None, :]
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
