@@ -12,7 +12,6 @@ docs/expansion.md has the equations, and how to add a mode or a family.
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from .draw import Draw
 from .expansion_arguments import choose_factor, choose_layers
 from .families import family_of
+from .mamba2 import fresh_decay
 from .modes import MODES, LayerPlan, Mode, Tensors, mode_name, register_modes
 from .report import ExpansionReport, state_report
 from .surgery import NORM, Replacement, adopt_config, build_replacement, layer_tensors, put_in_place
@@ -273,17 +273,9 @@ def fresh_rows(config: Any, draw: Draw) -> Grow:
 
 def mamba2_fresh(old: Tensors, step: LayerPlan, config: Any, draw: Draw) -> Tensors:
     fresh = fresh_rows(config, draw)
-    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-
-    def inverse_softplus(log_dt: Tensor) -> Tensor:
-        dt = log_dt.exp().clamp(min=config.time_step_floor)
-        return dt + torch.log(-torch.expm1(-dt))
-
-    return grow_rows(old, step, config, fresh, fresh) | {
-        "A_log": draw.uniform(old["A_log"].shape, 1.0, 16.0, old["A_log"], then=torch.log),
-        "dt_bias": draw.uniform(old["dt_bias"].shape, low, high, old["dt_bias"], then=inverse_softplus),
-        "norm.weight": torch.ones_like(old["norm.weight"]),
-    }
+    decay = fresh_decay(old["dt_bias"], old["A_log"], config, draw)
+    rows = grow_rows(old, step, config, fresh, fresh)
+    return rows | decay | {"norm.weight": torch.ones_like(old["norm.weight"])}
 
 
 def mamba2_published_reset(tensors: Tensors, step: LayerPlan, config: Any) -> Tensors:

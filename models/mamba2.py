@@ -72,7 +72,6 @@ class Mamba2Config(LanguageModelConfig):
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     time_step_limit: Any = None  # [low, high] of dt; read in every form that is in use
-    rescale_prenorm_residual: bool = True
 
     def check(self) -> None:
         super().check()
@@ -240,8 +239,7 @@ class Mamba2ForCausalLM(LanguageModel):
 
 def initialize_projections(mixer: Mamba2Mixer, config: Mamba2Config, draw: Draw) -> None:
     """U(+-1/sqrt(fan_in)), in out_proj divided by sqrt(layers); biases of linear maps 0."""
-    shrink = math.sqrt(config.num_hidden_layers) if config.rescale_prenorm_residual else 1.0
-    for projection, divisor in ((mixer.in_proj, 1.0), (mixer.out_proj, shrink)):
+    for projection, divisor in ((mixer.in_proj, 1.0), (mixer.out_proj, math.sqrt(config.num_hidden_layers))):
         weight = projection.weight
         assign(weight, draw.linear(weight.shape, projection.in_features, weight) / divisor)
         if projection.bias is not None:
@@ -254,16 +252,23 @@ def initialize_projections(mixer: Mamba2Mixer, config: Mamba2Config, draw: Draw)
 
 
 def initialize_decay(mixer: Mamba2Mixer, config: Mamba2Config, draw: Draw) -> None:
-    """dt log-uniform in [time_step_min, time_step_max] by the inverse softplus, A uniform in [1, 16], D 1."""
+    for name, tensor in fresh_decay(mixer.dt_bias, mixer.A_log, config, draw).items():
+        assign(mixer.get_parameter(name), tensor)
+    assign(mixer.D, torch.ones_like(mixer.D))
+
+
+def fresh_decay(dt_bias: Tensor, A_log: Tensor, config: Mamba2Config, draw: Draw) -> dict[str, Tensor]:
+    """dt log-uniform in [time_step_min, time_step_max] by the inverse softplus, A uniform in [1, 16]."""
     low, high = math.log(config.time_step_min), math.log(config.time_step_max)
 
     def inverse_softplus(log_dt: Tensor) -> Tensor:
         dt = log_dt.exp().clamp(min=config.time_step_floor)
         return dt + torch.log(-torch.expm1(-dt))
 
-    assign(mixer.dt_bias, draw.uniform(mixer.dt_bias.shape, low, high, mixer.dt_bias, then=inverse_softplus))
-    assign(mixer.A_log, draw.uniform(mixer.A_log.shape, 1.0, 16.0, mixer.A_log, then=torch.log))
-    assign(mixer.D, torch.ones_like(mixer.D))
+    return {
+        "dt_bias": draw.uniform(dt_bias.shape, low, high, dt_bias, then=inverse_softplus),
+        "A_log": draw.uniform(A_log.shape, 1.0, 16.0, A_log, then=torch.log),
+    }
 
 
 register_family(
