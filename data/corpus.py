@@ -30,13 +30,15 @@ class Corpus:
 
 
 def names_fingerprint(names: list[str]) -> str:
-    """The same for a corpus, its compressed copy and its pretokenised copy: their positions are interchangeable."""
+    """The same for a corpus, its compressed and its pretokenised copy: their positions are interchangeable."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
 
 
 def epoch_order(names: list[str], seed: int | None, epoch: int) -> list[int]:
-    """Indices of `names` in reading order. Seed None keeps them sorted; a hash per (seed, epoch, name) shuffles
-    them alike on every machine and Python version."""
+    """Indices of `names` in reading order; sorted for seed None.
+
+    A hash of (seed, epoch, name) shuffles them alike on every machine and Python version.
+    """
     if seed is None:
         return sorted(range(len(names)), key=names.__getitem__)
     digests = [hashlib.sha256(f"{seed}:{epoch}:{name}".encode()).digest() for name in names]

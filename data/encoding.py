@@ -36,15 +36,18 @@ def end_of_text(tokenizer) -> int:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """Same vocabulary, same end-of-text, same splitting of a probe: the same fingerprint. Files written by another
-    version of the tokenizers library differ in bytes, so what it does is hashed, not how it is stored."""
+    """Same vocabulary, same end-of-text, same splitting of a probe: the same fingerprint.
+
+    Files written by another version of the tokenizers library differ in bytes, so what it does is hashed, not
+    how it is stored.
+    """
     digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(repr([end_of_text(tokenizer), Encoder(tokenizer).encode([PROBE])[0].tolist()]).encode())
     return digest.hexdigest()[:16]
 
 
 class Encoder:
-    """Encodes documents; `threads` > 1 splits a batch (the tokenizers library releases the interpreter lock)."""
+    """Encodes documents; `threads` > 1 splits a batch, as the tokenizers library releases the interpreter lock."""
 
     def __init__(self, tokenizer, threads: int = 1) -> None:
         # the library's own threads do not survive a fork, which the loader's workers are; ours start after it

@@ -187,7 +187,7 @@ class TextFeed:
         return place, line
 
     def _detach(self, lines: _Lines, reading: int) -> None:
-        """Slots drift apart as their documents differ in length. One that lies too far behind gets its own pass."""
+        """Slots drift apart as their documents differ in length: one too far behind gets its own pass."""
         behind = max(lines.queues, key=lambda slot: sum(len(line.raw) for _, line in lines.queues[slot]))
         if behind == reading:
             return

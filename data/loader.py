@@ -105,7 +105,7 @@ class _MicroBatches(IterableDataset):
 
 
 def collate(slots: tuple[int, ...], rows: list[Packed], reset_at_documents: bool) -> dict:
-    """[b, T] ids and labels; with `reset_at_documents` flattened to [1, b*T] with `cu_seqlens` [segments + 1]."""
+    """[b, T] ids and labels; with `reset_at_documents` [1, b*T] and `cu_seqlens` [segments + 1]."""
     input_ids = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64))  # [b, T]
     batch = {"slots": list(slots), "positions": [row.position for row in rows]}
     if not reset_at_documents:
@@ -122,7 +122,7 @@ def collate(slots: tuple[int, ...], rows: list[Packed], reset_at_documents: bool
 
 
 def _start_worker(_worker_id: int) -> None:
-    """A scheduler signals every process of a job: the trainer decides what that means, workers just go with it."""
+    """A scheduler signals every process of a job: the trainer decides what that means, workers follow it."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = os.getppid()
@@ -222,7 +222,7 @@ class TrainingLoader:
         self.health.take_news()
 
     def state_dict(self) -> dict:
-        """Position of this rank's slots after the last batch that the iterator handed out; JSON-serialisable."""
+        """Position of this rank's slots after the last batch handed out; JSON-serialisable."""
         return {
             "version": STATE_VERSION,
             "seed": self._recipe.seed,
@@ -238,13 +238,15 @@ class TrainingLoader:
         for key in ("version", "seed", "n_slots", "corpus", "tokenizer"):
             if state.get(key) != own[key]:
                 raise ValueError(
-                    f"the saved data position has {key} {state.get(key)!r}, this run {own[key]!r}: resume with the same "
+                    f"the saved data position has {key} {state.get(key)!r}, this run {own[key]!r}: resume "
+                    "with the same "
                     "corpus, tokenizer, seed and sequences a step, or start a new run"
                 )
         missing = [slot for slot in own["positions"] if slot not in state["positions"]]
         if missing:
             raise ValueError(
-                f"the saved data position lacks slots {', '.join(missing)}: merge the states of all ranks when saving"
+                f"the saved data position lacks slots {', '.join(missing)}: merge the states of all ranks "
+                "when saving"
             )
         positions = {slot: dict(state["positions"][str(slot)]) for slot in self._positions}
         self._emitted = _emitted(self._recipe.micro_batches, positions)
@@ -276,6 +278,7 @@ def _check_sizes(
         raise ValueError(f"slots {slots} are not distinct members of range({n_slots})")
     if len(slots) % micro_batch_size:
         raise ValueError(
-            f"{len(slots)} sequences a step on this rank do not divide into micro-batches of {micro_batch_size}: "
+            f"{len(slots)} sequences a step on this rank do not divide into micro-batches of "
+            f"{micro_batch_size}: "
             "choose a micro-batch size that divides them"
         )

@@ -89,7 +89,8 @@ class SlotStream:
             found = (document.place.epoch, document.place.document) == (expected.epoch, expected.document)
             if not found or len(document.tokens) <= self._used:
                 raise ValueError(
-                    f"slot {self.slot} stopped inside line {expected.line + 1} of {expected.file}, which now holds "
+                    f"slot {self.slot} stopped inside line {expected.line + 1} of {expected.file}, which "
+                    "now holds "
                     "other text: resume with the corpus and tokenizer of the run that saved this state"
                 )
         return document

@@ -2,8 +2,8 @@
 
     python -m data.pretokenize in=FOLDER out=FOLDER tokenizer=FOLDER [workers=N]
 
-A source file is finished or not there at all; the same command goes on where a killed one stopped. The layout is
-described in data/tokens.py, and every loader opens the folder like any other corpus.
+A source file is finished or not there at all; the same command goes on where a killed one stopped. The layout
+is described in data/tokens.py, and every loader opens the folder like any other corpus.
 """
 
 from __future__ import annotations
@@ -46,15 +46,24 @@ def main(arguments: list[str]) -> None:
     if settings["workers"] < 1:
         raise ValueError(f"workers is {settings['workers']}: expected at least 1")
     tokenizer = load_tokenizer(settings["tokenizer"])
-    manifest = pretokenize(settings["in"], settings["out"], tokenizer, workers=settings["workers"], report=print)
-    totals = {key: sum(entry[key] for entry in manifest["files"]) for key in ("tokens", "documents", "broken")}
+    manifest = pretokenize(
+        settings["in"], settings["out"], tokenizer, workers=settings["workers"], report=print
+    )
+    totals = {
+        key: sum(entry[key] for entry in manifest["files"]) for key in ("tokens", "documents", "broken")
+    }
     print(f"{settings['out']}: " + ", ".join(f"{value} {key}" for key, value in totals.items()))
 
 
 def pretokenize(
-    source: str | Path, out: str | Path, tokenizer, *, workers: int = 1, report: Callable[[str], None] | None = None
+    source: str | Path,
+    out: str | Path,
+    tokenizer,
+    *,
+    workers: int = 1,
+    report: Callable[[str], None] | None = None,
 ) -> dict:
-    """Write token files for a jsonl corpus and answer the manifest. `workers` is the number of tokenizer threads.
+    """Write token files for a jsonl corpus; answers the manifest. `workers`: number of tokenizer threads.
 
     Raises ValueError for a bad corpus, and for an `out` that holds something else.
     """
@@ -71,7 +80,9 @@ def pretokenize(
     encoder, health = Encoder(tokenizer, workers), Health()
     entries = []
     for file in corpus.files:
-        entries.append(_finished(out, file) or _write_file(corpus, file, out, settings["dtype"], encoder, health))
+        entries.append(
+            _finished(out, file) or _write_file(corpus, file, out, settings["dtype"], encoder, health)
+        )
         for broken in health.take_news():
             (report or print)(f"skipped a broken line: {broken}")
         if report:
@@ -88,7 +99,9 @@ def _claim(out: Path, settings: dict) -> None:
         if (out / name).exists():
             begun = json.loads((out / name).read_text())
             if any(begun.get(key) != value for key, value in settings.items()):
-                raise ValueError(f"{out} was begun with another tokenizer or format: give another out=, or delete it")
+                raise ValueError(
+                    f"{out} was begun with another tokenizer or format: give another out=, or delete it"
+                )
             return
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds other files: give a new folder")

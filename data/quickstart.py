@@ -1,10 +1,11 @@
-"""A corpus that every machine has: the running Python's own standard library, with associative recall mixed in.
+"""A corpus that every machine has: the running Python's standard library, with associative recall mixed in.
 
     python -m data.quickstart out=FOLDER [seed=0] [recall_share=0.3] [vocabulary_size=4096]
 
-writes FOLDER/train (documents in random order: source files and recall examples), FOLDER/validation (other source
-files) and FOLDER/tokenizer (byte-level BPE, trained here, with the recall tokens). The sources are read in place and
-written nowhere but to FOLDER. Files are chosen and split by name; their text differs between Python versions.
+writes FOLDER/train (documents in random order: source files and recall examples), FOLDER/validation (other
+source files) and FOLDER/tokenizer (byte-level BPE, trained here, with the recall tokens). The sources are
+read in place and written nowhere but to FOLDER. Files are chosen and split by name; their text differs
+between Python versions.
 """
 
 from __future__ import annotations
@@ -37,14 +38,19 @@ N_SHARDS = 8
 def main(arguments: list[str]) -> None:
     settings = parse_arguments(
         arguments,
-        {"out": (Path, REQUIRED), "seed": (int, 0), "recall_share": (float, 0.3), "vocabulary_size": (int, 4096)},
+        {
+            "out": (Path, REQUIRED),
+            "seed": (int, 0),
+            "recall_share": (float, 0.3),
+            "vocabulary_size": (int, 4096),
+        },
     )
     summary = build(**settings)
     print(f"{settings['out']}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
 
 
 def build(out: Path, seed: int = 0, recall_share: float = 0.3, vocabulary_size: int = 4096) -> dict:
-    """Build the corpus unless it is there; answers its manifest. Everything is written beside `out`, then renamed."""
+    """Build the corpus unless it is there; answers its manifest. It is written beside `out`, then renamed."""
     settings = {"seed": seed, "recall_share": recall_share, "vocabulary_size": vocabulary_size}
     _check(recall_share, vocabulary_size)
     out = Path(out)
@@ -69,17 +75,23 @@ def build(out: Path, seed: int = 0, recall_share: float = 0.3, vocabulary_size: 
 
 def _check(recall_share: float, vocabulary_size: int) -> None:
     if not 0 <= recall_share < 1:
-        raise ValueError(f"recall_share is {recall_share}: expected 0 up to below 1 (share of the training tokens)")
+        raise ValueError(
+            f"recall_share is {recall_share}: expected 0 up to below 1 (share of the training tokens)"
+        )
     smallest = 1 + len(recall_tokens()) + 256
     if vocabulary_size < smallest:
-        raise ValueError(f"vocabulary_size is {vocabulary_size}: expected at least {smallest} (bytes, recall tokens)")
+        raise ValueError(
+            f"vocabulary_size is {vocabulary_size}: expected at least {smallest} (bytes, recall tokens)"
+        )
 
 
 def _existing(out: Path, settings: dict) -> dict:
     summary = json.loads((out / MANIFEST).read_text())
     different = [f"{key}={summary[key]}" for key in settings if summary[key] != settings[key]]
     if different:
-        raise ValueError(f"{out} was built with {', '.join(different)}: give another folder, or delete this one")
+        raise ValueError(
+            f"{out} was built with {', '.join(different)}: give another folder, or delete this one"
+        )
     return summary
 
 
@@ -101,7 +113,9 @@ def _write(work: Path, seed: int, recall_share: float, vocabulary_size: int) -> 
     texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in source_files()}
     texts = {name: text for name, text in texts.items() if text.strip()}
     if not texts:
-        raise ValueError(f"no source files under {sysconfig.get_paths()['stdlib']}: this Python comes without them")
+        raise ValueError(
+            f"no source files under {sysconfig.get_paths()['stdlib']}: this Python comes without them"
+        )
     train = {name: text for name, text in texts.items() if not is_validation(name)}
     validation = {name: text for name, text in texts.items() if is_validation(name)}
     tokenizer = train_tokenizer(list(train.values()), vocabulary_size)
@@ -129,7 +143,10 @@ def _recall_documents(seed: int, n_tokens: float) -> Iterator[dict]:
     index = 0
     while n_tokens > 0:
         n_pairs = RECALL_PAIRS[index % len(RECALL_PAIRS)]
-        yield {"text": recall_text(recall_example(seed, index, n_pairs)), "meta": {"source": f"recall-{n_pairs}"}}
+        yield {
+            "text": recall_text(recall_example(seed, index, n_pairs)),
+            "meta": {"source": f"recall-{n_pairs}"},
+        }
         n_tokens -= 4 * n_pairs + 1
         index += 1
 

@@ -2,9 +2,9 @@
 
     <|key_3|><|val_9|><|key_7|><|val_1|> ... <|key_7|><|val_1|><|key_3|><|val_9|>
 
-Multi-query associative recall (MQAR) of Zoology, arXiv 2312.04927, section 4, without its power-law gaps: a model
-answers as many pairs as its recurrent state holds. As documents of a corpus the plain language-model loss trains it.
-An example is a function of (seed, index) alone, the same on every machine and Python version.
+Multi-query associative recall (MQAR) of Zoology, arXiv 2312.04927, section 4, without its power-law gaps: a
+model answers as many pairs as its recurrent state holds. As documents of a corpus the plain language-model
+loss trains it. An example is a function of (seed, index) alone, the same on every machine and Python version.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ def recall_example(
     n_keys: int = N_KEYS,
     n_values: int = N_VALUES,
 ) -> RecallExample:
-    """Example `index` of a seed. Every pair is asked for once, or the first `n_queries` of them in random order."""
+    """Example `index` of a seed. All pairs, or `n_queries` of them, are asked for in random order."""
     n_queries = n_pairs if n_queries is None else n_queries
     if not 1 <= n_pairs <= n_keys:
-        raise ValueError(f"n_pairs is {n_pairs}: expected 1 to {n_keys}, as the keys of an example are distinct")
+        raise ValueError(
+            f"n_pairs is {n_pairs}: expected 1 to {n_keys}, as the keys of an example are distinct"
+        )
     if not 1 <= n_queries <= n_pairs:
         raise ValueError(f"n_queries is {n_queries}: expected 1 to n_pairs ({n_pairs})")
     # of the random module only `random()` promises the same numbers in every Python version
@@ -57,13 +59,16 @@ def recall_text(example: RecallExample) -> str:
     return "".join(f"<|key_{example.keys[i]}|><|val_{example.values[i]}|>" for i in order)
 
 
-def recall_vocabulary(tokenizer, n_keys: int = N_KEYS, n_values: int = N_VALUES) -> tuple[list[int], list[int]]:
+def recall_vocabulary(
+    tokenizer, n_keys: int = N_KEYS, n_values: int = N_VALUES
+) -> tuple[list[int], list[int]]:
     """Token ids of the keys and of the values. Raises ValueError for a tokenizer without them."""
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in recall_tokens(n_keys, n_values) if token not in vocabulary]
     if missing:
         raise ValueError(
-            f"the tokenizer lacks {len(missing)} recall tokens, among them {missing[0]}: use the tokenizer that "
+            f"the tokenizer lacks {len(missing)} recall tokens, among them {missing[0]}: use the tokenizer "
+            "that "
             "`python -m data.quickstart` writes"
         )
     ids = [vocabulary[token] for token in recall_tokens(n_keys, n_values)]
@@ -75,9 +80,9 @@ def recall_prompt(
 ) -> tuple[list[int], list[int], list[int]]:
     """(token ids [1 + 2 pairs + 2 queries], query positions, expected ids).
 
-    It starts with `start_id` (end-of-text, as a document follows the one before). The logits at query position i
-    answer query i: their argmax is to be expected id i. The right answers stand after the queries, so one forward
-    pass scores them all.
+    It starts with `start_id` (end-of-text, as a document follows the one before). The logits at query
+    position i answer query i: their argmax is to be expected id i. The right answers stand after the queries,
+    so one forward pass scores them all.
     """
     pairs = [(key_ids[key], value_ids[value]) for key, value in zip(example.keys, example.values)]
     asked = [pairs[i] for i in example.queries]

@@ -21,7 +21,7 @@ def jsonl_folder(path: str | Path) -> AnyCorpus:
 
 
 def quickstart_folder(path: str | Path) -> AnyCorpus:
-    """What `python -m data.quickstart` wrote: the folder (its training part), or its train/ or validation/."""
+    """What `python -m data.quickstart` wrote: the folder (its train/), or its train/ or validation/."""
     path = Path(path)
     if not path.exists():
         raise ValueError(

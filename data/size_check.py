@@ -27,8 +27,10 @@ def check_fills_a_step(
             return
     if tokens < needed:
         raise ValueError(
-            f"corpus {corpus.root} is too small: it holds {tokens} tokens in {documents} documents, one step needs "
-            f"{needed} ({n_slots} sequences of {max_len}). Use a larger corpus, a shorter max_len or fewer tokens a step"
+            f"corpus {corpus.root} is too small: it holds {tokens} tokens in {documents} documents, one "
+            "step needs "
+            f"{needed} ({n_slots} sequences of {max_len}). Use a larger corpus, a shorter max_len or fewer "
+            "tokens a step"
         )
     raise too_few_documents(min(set(range(n_slots)) - fed), n_slots)
 

@@ -57,7 +57,8 @@ class TokenCorpus:
         if fingerprint != self.manifest["tokenizer"]:
             raise ValueError(
                 f"{self.root} was written with another tokenizer (fingerprint {self.manifest['tokenizer']}, "
-                f"vocabulary {self.manifest['vocabulary_size']}; this one: {fingerprint}): pretokenise again with "
+                f"vocabulary {self.manifest['vocabulary_size']}; this one: {fingerprint}): pretokenise "
+                "again with "
                 "the tokenizer of this model, or train from the jsonl files"
             )
 
@@ -93,7 +94,8 @@ def open_token_corpus(root: Path) -> TokenCorpus:
     manifest = json.loads((root / MANIFEST).read_text())
     if manifest["token_format"] != FORMAT_VERSION:
         raise ValueError(
-            f"{root} has token format {manifest['token_format']}, this code reads {FORMAT_VERSION}: pretokenise again"
+            f"{root} has token format {manifest['token_format']}, this code reads {FORMAT_VERSION}: "
+            "pretokenise again"
         )
     files = tuple(
         TokenFile(entry["name"], root / entry["name"], manifest["dtype"], entry["lines"])

@@ -32,7 +32,7 @@ class _OneEpoch:
 
 
 class ValidationLoader:
-    """The first `n_sequences` sequences (None: all) of a held-out corpus in file order, unshuffled, tokenised once.
+    """The first `n_sequences` sequences (None: all) of a held-out corpus in file order, tokenised once.
 
     Sequence i goes to rank i % world_size. Every rank yields the same number of batches of the same shape, so
     that collective forward passes match; rows beyond the set and the tail of the corpus's last sequence are

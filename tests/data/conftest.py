@@ -10,7 +10,7 @@ from data.lines import parse_document
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """Byte-level, 256 bytes and end-of-text: every character of a document is one token, so counts are obvious."""
+    """256 bytes and end-of-text: every ASCII character of a document is one token, so counts are obvious."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|endoftext|>": 0, **{character: i + 1 for i, character in enumerate(alphabet)}}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
