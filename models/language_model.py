@@ -234,7 +234,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         x = self.trunk.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
         cache, update = self._cache(past_key_values, use_cache, batch, labels)
-        packing = _packing(attention_mask, cu_seqlens, batch, length)
+        packing = _packing(attention_mask, cu_seqlens, x)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         streams = [] if keep else None
         with self._half_precision(x.device.type):
@@ -357,18 +357,17 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)))
 
 
-def _packing(
-    attention_mask: Tensor | None, cu_seqlens: Tensor | None, batch: int, length: int
-) -> Packing | None:
-    """None where every row is one sequence without padding."""
+def _packing(attention_mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Packing | None:
+    """None where every row of x [B, T, D] is one sequence without padding."""
+    batch, length = x.shape[:2]
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("give either attention_mask or cu_seqlens")
-        return Packing.of_documents(cu_seqlens, batch, length)
+        return Packing.of_documents(cu_seqlens.to(x.device), batch, length)
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
         shape = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask {shape} does not fit a batch of {batch} x {length} tokens")
-    mask = attention_mask[:, -length:]
+    mask = attention_mask[:, -length:].to(x.device)
     return None if bool(mask.all()) else Packing.of_mask(mask)

@@ -93,12 +93,19 @@ def load_pretrained(
         raise ValueError(f"{path} is no folder; download the checkpoint first and name the folder it is in")
     config = read_config(folder)
     family, model = family_of(config), _empty_model(config)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = _dtype(dtype)
     _fill(model, _our_tensors(folder, family, config), dtype, torch.device(device or "cpu"), folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(path)
     return model.eval()
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    dtype = getattr(torch, given, given) if isinstance(given, str) else given
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={given!r} is no floating-point dtype of torch; float32 and bfloat16 are")
+    return dtype
 
 
 def _empty_model(config: LanguageModelConfig) -> LanguageModel:
@@ -139,6 +146,8 @@ def _our_tensors(folder: Path, family: Family, config: LanguageModelConfig) -> I
 
 def _weight_files(folder: Path) -> list[Path]:
     for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
             files = [
@@ -147,8 +156,6 @@ def _weight_files(folder: Path) -> list[Path]:
             if missing := [file.name for file in files if not file.is_file()]:
                 raise ValueError(f"{folder}: {index.name} names files that are missing: {', '.join(missing)}")
             return files
-        if (folder / name).is_file():
-            return [folder / name]
     raise ValueError(
         f"{folder} holds no weights; expected {' or '.join(WEIGHT_FILES)}, or a sharded form of them"
     )

@@ -17,7 +17,7 @@ PUBLISHED_FIELDS = (
         "n_groups",
     ),
     *("conv_kernel", "use_bias", "use_conv_bias", "layer_norm_epsilon", "residual_in_fp32", "chunk_size"),
-    *("time_step_min", "time_step_max", "time_step_floor", "time_step_limit", "rescale_prenorm_residual"),
+    *("time_step_min", "time_step_max", "time_step_floor", "time_step_limit"),
     *("tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
 # transformers' defaults where they differ from ours: a config.json may leave them out

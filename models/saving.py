@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,22 +80,16 @@ def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; a model is saved into a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    folder.mkdir()
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())
         if target.exists():
             _replace_files(folder, target)
         else:
             folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _replace_files(new: Path, target: Path) -> None:

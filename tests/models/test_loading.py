@@ -165,6 +165,12 @@ def test_a_folder_that_is_no_checkpoint_says_what_it_lacks(tmp_path):
         load_pretrained(tmp_path)
 
 
+def test_a_dtype_that_is_none_is_refused():
+    for dtype in ("bf16", "relu", torch.int64):
+        with pytest.raises(ValueError, match="floating-point dtype"):
+            load_pretrained(GOLDEN, dtype=dtype)
+
+
 # ----------------------------------------------------------------------------------------------------
 # dtypes and memory
 

@@ -123,6 +123,7 @@ for folder in folders:
 """
 
 
+@pytest.mark.slow  # flash-linear-attention takes seconds to import
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_flash_linear_attention_in_the_same_process_takes_nothing_over(order, tmp_path):
     pytest.importorskip("fla", reason="flash-linear-attention is not installed")
