@@ -32,6 +32,7 @@ def gla(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention over whole sequences, in chunks.
 
@@ -44,6 +45,8 @@ def gla(
         output_final_state: return the state after the last token too.
         cu_seqlens: integer [N + 1], boundaries of N sequences laid end to end in a batch of one; None: N = B.
         backend: torch | triton | fla; None chooses by device, shape and STATEX_BACKEND.
+        keep: where a kernel could recompute its intermediate results in the backward pass, keep them: for layers
+            that are themselves recomputed just before their backward pass.
 
     Returns:
         o [B, T, H, V] in v's dtype and the final state [N, H, K, V] in at least float32 (None unasked).
@@ -54,11 +57,45 @@ def gla(
     _check_shapes(q, k, v, g, initial_state, cu_seqlens)
     chosen = resolve("gla", q.device, _offered(q, v), backend)
     arguments = (q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
-    if q.shape[1] == 1 and cu_seqlens is None:  # a decoding step
+    if q.shape[1] == 1 and cu_seqlens is None and chosen == "torch":  # a decoding step
         return _recurrent(*arguments)
-    if chosen == "fla":
-        return _fla(*arguments)
-    return _chunked(*arguments)
+    if chosen == "triton":
+        return _triton(*arguments, gate=None, keep=keep)
+    return _fla(*arguments) if chosen == "fla" else _chunked(*arguments)
+
+
+def gla_gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    *,
+    gate_logit_normalizer: float = 16.0,
+    clamp_min: float | None = None,
+    scale: float,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`gla` from the gate's logits [B, T, H, K]: g = logsigmoid(gate) / gate_logit_normalizer, at least clamp_min.
+
+    The kernels of this repository do this on the way in, so that g never exists in memory. The rest is as in `gla`.
+    """
+    _check_shapes(q, k, v, gate, initial_state, cu_seqlens)
+    if resolve("gla", q.device, _offered(q, v), backend) == "triton":
+        arguments = (q, k, v, gate, scale, initial_state, output_final_state, cu_seqlens)
+        return _triton(*arguments, gate=(gate_logit_normalizer, clamp_min), keep=keep)
+    g = log_decay(gate, gate_logit_normalizer, clamp_min)
+    options = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
+    return gla(q, k, v, g, cu_seqlens=cu_seqlens, backend=backend, **options)
+
+
+def log_decay(gate: Tensor, normalizer: float, clamp_min: float | None = None) -> Tensor:
+    """Log decay of a gate's logits, in at least float32."""
+    g = F.logsigmoid(gate.to(compute_dtype(gate))) / normalizer
+    return g if clamp_min is None else g.clamp_min(clamp_min)
 
 
 def gla_recurrent(
@@ -209,6 +246,16 @@ class _ChunkLayout:
 # --------------------------------------------------------------------------------------------------- kernels
 
 
+def _triton(
+    q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, *, gate, keep
+) -> tuple[Tensor, Tensor | None]:
+    from .gla_triton import gla_triton
+
+    options = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    return gla_triton(q, k, v, g, cu_seqlens=cu_seqlens, gate=gate, keep=keep, **options)
+
+
 def _fla(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens) -> tuple[Tensor, Tensor | None]:
     operators = importlib.import_module("fla.ops.gla")
     options = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
@@ -220,9 +267,14 @@ def _fla(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens) -> tu
 
 def _offered(q: Tensor, v: Tensor) -> tuple[str, ...]:
     """Implementations for this input, best first."""
-    if v.dtype == torch.float64 or q.dtype == torch.float64 or q.shape[1] == 0:
+    T, K = q.shape[1], q.shape[3]
+    if torch.float64 in (v.dtype, q.dtype) or T == 0:
         return ("torch",)
-    return ("fla", "torch")
+    if T == 1:  # a decoding step: the definition is as good as a kernel
+        return ("torch", "fla")
+    # K and V that tile without a remainder: models/ops/gla_triton.py
+    whole = all(16 <= size <= 4096 and size & (size - 1) == 0 for size in (K, v.shape[-1]))
+    return ("fla", "triton", "torch") if whole else ("fla", "torch")
 
 
 # ---------------------------------------------------------------------------------------------------- shapes

@@ -1,8 +1,9 @@
-"""Chunked gated linear attention with this repository's Triton kernels: one autograd function around their launches.
+"""Chunked gated linear attention with this repository's Triton kernels: one autograd function around them.
 
-What differs from a chunk of 64 tokens everywhere (arXiv 2312.06635): states are stored once per 128 or 256 tokens and
-recomputed in the backward pass, so that a state of K = 1024 by V = 2048 costs about 1 GB at 65,536 tokens instead of
-several; decays are multiplied into the operands once, which leaves plain matrix products for everything of size K x V.
+What differs from chunks of 64 tokens everywhere (arXiv 2312.06635): states are stored once per 128 or 256 tokens
+and recomputed in the backward pass, so that a state of K = 1024 by V = 2048 costs about 1 GB at 65,536 tokens
+instead of several; decays are multiplied into the operands once, which leaves plain matrix products for
+everything of size K x V.
 """
 
 import weakref
@@ -14,11 +15,6 @@ import torch
 from torch import Tensor
 
 from .kernel_configs import kernel_config
-
-try:
-    import triton
-except ImportError as error:
-    raise ImportError("models/ops/gla_triton.py needs triton") from error
 
 from .gla_triton_intra import intra_backward_kernel, prepare_kernel, scores_kernel
 from .gla_triton_state import dscores_kernel, grad_kernel, march_kernel, mix_kernel
@@ -39,7 +35,7 @@ def gla_triton(
     gate: tuple[float, float | None] | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`gla` for q, k [B, T, H, K] and v [B, T, H, V] of one 16- or 32-bit type, K and V powers of two from 16.
+    """`gla` for q, k [B, T, H, K] and v [B, T, H, V] of one 16- or 32-bit type, K and V powers of two >= 16.
 
     Args:
         gate: (normalizer, lower bound or None): g then holds gate logits, and the log decay is
@@ -52,14 +48,6 @@ def gla_triton(
     q, k, v, g = (x.contiguous() for x in (q, k, v, g))
     options = Options(scale, gate, output_final_state, keep)
     return _ChunkedGLA.apply(q, k, v, g, initial_state, layout, options, settings)
-
-
-def supports(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels cover this shape and type."""
-    sizes = (q.shape[-1], v.shape[-1])
-    return v.dtype in (torch.bfloat16, torch.float16, torch.float32) and all(
-        16 <= n <= 4096 and n & (n - 1) == 0 for n in sizes
-    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ class ChunkLayout:
 
 
 def chunk_layout(B: int, T: int, cu_seqlens: Tensor | None, size: int, device: torch.device) -> ChunkLayout:
-    """The layout of a batch, remembered: building it copies from the host, and for cu_seqlens waits for the device."""
+    """The layout of a batch, remembered: building it copies to the device, and reads cu_seqlens from there."""
     if cu_seqlens is None:
         return _dense_layout(B, T, size, device)
     for reference, version, known, layout in _recent:
@@ -110,7 +98,9 @@ def _build_layout(bounds: list[int], size: int, device: torch.device) -> ChunkLa
     chunks = [(token, end) for start, end in pairwise(bounds) for token in range(start, end, size)]
     counts = [-(-(end - start) // size) for start, end in pairwise(bounds)]
     tables = (torch.tensor(x, dtype=torch.int32) for x in (chunks, bounds, [0, *accumulate(counts)]))
-    return ChunkLayout(size, len(counts), len(chunks), *(table.to(device, non_blocking=True) for table in tables))
+    return ChunkLayout(
+        size, len(counts), len(chunks), *(table.to(device, non_blocking=True) for table in tables)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -146,7 +136,7 @@ def _default(heads: int, K: int, V: int) -> dict[str, dict]:
             "num_warps": march[2],
             "num_stages": 4,
         },
-        "scores": {"BK": min(64, K), "num_warps": 4, "num_stages": 2},
+        "scores": {"BK": min(64, K), "num_warps": 4, "num_stages": 2, "maxnreg": None},
         "mix": {
             "BM": 128,
             "BK": min(64, K),
@@ -157,7 +147,7 @@ def _default(heads: int, K: int, V: int) -> dict[str, dict]:
         },
         "grad": {"BM": 128, "BK": min(128, K), "BV": min(64, V), "num_warps": 8, "num_stages": 3},
         "dscores": {"BM": 128, "BV": min(64, V), "num_warps": 8, "num_stages": 3},
-        "intra_backward": {"BK": min(64, K), "num_warps": 4, "num_stages": 1},
+        "intra_backward": {"BK": min(64, K), "num_warps": 8, "num_stages": 1, "maxnreg": None},
     }
 
 
@@ -264,7 +254,9 @@ class Launcher:
         )  # fmt: skip
         return dscores
 
-    def intra_backward(self, q, k, g, b, total, dscores, dqueries, dkeys, product) -> tuple[Tensor, Tensor, Tensor]:
+    def intra_backward(
+        self, q, k, g, b, total, dscores, dqueries, dkeys, product
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and the gradient of g (of its logits when gated)."""
         settings, layout = self.settings["intra_backward"], self.layout
         dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)

@@ -1,9 +1,9 @@
 """Triton kernels of chunked GLA within a chunk: decays, scores, and the last step of the backward pass.
 
-Log decays are kept in base 2 and summed from the start of blocks of 64 tokens: b_i = log2(e) (g_1 + ... + g_i). No
-kernel relies on a decay's inverse being finite. Between two blocks the keys decay to the end of theirs and the queries
-from the start of theirs. Within a block the exponents are taken around its middle row as long as the block decays by
-less than 2^-100; a stronger one is halved six times, later half against earlier half (`gla.decayed_scores` is the twin).
+Log decays are kept in base 2 and summed from the start of blocks of 64 tokens: b_i = log2(e) (g_1 + ... + g_i).
+Between two blocks keys decay to the end of theirs and queries from the start of theirs, so no exponent is above
+0. Within a block exponents are taken around its middle row as long as the block decays by less than 2^-100; a
+stronger one is halved six times, later half against earlier half (`gla.decayed_scores` is the torch twin).
 """
 
 try:
@@ -14,7 +14,9 @@ except ImportError as error:
 
 BLOCK = tl.constexpr(64)
 LEVELS = tl.constexpr(6)  # BLOCK = 2 ** LEVELS
-MILD = tl.constexpr(-100.0)  # log2 of the decay over a block up to which its inverse is used; float32 ends at 127
+MILD = tl.constexpr(
+    -100.0
+)  # log2 of the decay over a block up to which its inverse is used; float32 ends at 127
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -35,7 +37,7 @@ def prepare_kernel(
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
-    """queries = scale q decayed from the chunk's start, keys = k decayed to its end, b, total: [T or chunks, H, K]."""
+    """queries = scale q decayed from the chunk's start, keys = k decayed to its end, b; totals of the chunks."""
     i_c, i_h = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(chunks_ptr + 2 * i_c), tl.load(chunks_ptr + 2 * i_c + 1)
     length = tl.minimum(C, end - start)
@@ -72,25 +74,23 @@ def prepare_kernel(
 
 
 @triton.jit
-def _around(b, b_at, row, length, LEVEL: tl.constexpr, stride: tl.constexpr):
+def _around(b, b_at, row, length, bit, stride: tl.constexpr):
     """Exponents (of queries, of keys) of one halving: later and earlier half against the boundary between them.
 
-    Rows of the other half get -inf. `b_at` points at the block's first row.
+    Halves are 2 ** bit rows; rows of the other half get -inf. `b_at` points at the block's first row.
     """
-    half: tl.constexpr = BLOCK >> (LEVEL + 1)
-    edge = tl.minimum((row // (2 * half)) * (2 * half) + half - 1, length - 1)
-    boundary = tl.load(b_at + edge[:, None] * stride)
-    later = ((row // half) % 2 == 1)[:, None]
-    gap = b - boundary
-    return tl.where(later, tl.minimum(gap, 0.0), -float("inf")), tl.where(
-        later, -float("inf"), tl.minimum(-gap, 0.0)
-    )
+    edge = tl.minimum(((row >> (bit + 1)) << (bit + 1)) + (1 << bit) - 1, length - 1)
+    gap = b - tl.load(b_at + edge[:, None] * stride)
+    later = (((row >> bit) & 1) == 1)[:, None]
+    of_q = tl.where(later, tl.minimum(gap, 0.0), -float("inf"))
+    of_k = tl.where(later, -float("inf"), tl.minimum(-gap, 0.0))
+    return tl.exp2(of_q), tl.exp2(of_k)
 
 
 @triton.jit
-def _same_group(row, LEVEL: tl.constexpr):
-    size: tl.constexpr = BLOCK >> LEVEL
-    return (row // size)[:, None] == (row // size)[None, :]
+def _same_pair(row, bit):
+    """Whether two rows lie in the same pair of halves of 2 ** bit rows."""
+    return (row >> (bit + 1))[:, None] == (row >> (bit + 1))[None, :]
 
 
 @triton.jit
@@ -140,12 +140,14 @@ def scores_kernel(
                 else:
                     acc += tl.where(row[:, None] == row[None, :], tl.sum(q * k, axis=1)[:, None], 0.0)
                     b_at = b_ptr + q_block + n + along_k[None, :]
-                    for level in tl.static_range(LEVELS):
-                        of_q, of_k = _around(b, b_at, row, length, level, H * K)
-                        query = (q * tl.exp2(of_q)).to(q_ptr.dtype.element_ty)
-                        key = (k * tl.exp2(of_k)).to(q_ptr.dtype.element_ty)
+                    for bit in range(LEVELS):
+                        of_q, of_k = _around(b, b_at, row, length, bit, H * K)
+                        query, key = (
+                            (q * of_q).to(q_ptr.dtype.element_ty),
+                            (k * of_k).to(q_ptr.dtype.element_ty),
+                        )
                         part = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-                        acc += tl.where(_same_group(row, level), part, 0.0)
+                        acc += tl.where(_same_pair(row, bit), part, 0.0)
             acc = tl.where(row[:, None] >= row[None, :], acc, 0.0)
         column = i_n * BLOCK + row
         out_at = scores_ptr + (head + i_m * BLOCK * H) * C + row[:, None] * (H * C) + column[None, :]
@@ -153,24 +155,49 @@ def scores_kernel(
 
 
 @triton.jit
-def _within_block(dscores, q, k, b, b_at, row, length, dtype, stride: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradients of q and k through a block's own scores, each decayed: the diagonal left out."""
-    dscores = tl.where(row[:, None] > row[None, :], dscores, 0.0)
-    dq, dk = tl.zeros_like(q), tl.zeros_like(k)
+def _through_block(
+    ds, other, b, b_at, row, length, dtype, OF_KEYS: tl.constexpr, stride: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Gradient of a block's queries (or keys) through its own decayed scores, the diagonal left out."""
+    ds = tl.where(row[:, None] > row[None, :], ds, 0.0)
+    out = tl.zeros_like(other)
     if tl.min(b) > MILD:
         center = tl.load(b_at + tl.minimum(BLOCK // 2 - 1, length - 1) * stride)  # [1, BK]
-        of_q, of_k = tl.exp2(b - center), tl.exp2(center - b)
-        ds = dscores.to(dtype)
-        dq += tl.dot(ds, (k * of_k).to(dtype), input_precision=PRECISION) * of_q
-        dk += tl.dot(tl.trans(ds), (q * of_q).to(dtype), input_precision=PRECISION) * of_k
+        if OF_KEYS:
+            part = tl.dot(
+                tl.trans(ds.to(dtype)), (other * tl.exp2(b - center)).to(dtype), input_precision=PRECISION
+            )
+            out += part * tl.exp2(center - b)
+        else:
+            part = tl.dot(ds.to(dtype), (other * tl.exp2(center - b)).to(dtype), input_precision=PRECISION)
+            out += part * tl.exp2(b - center)
     else:
-        for level in tl.static_range(LEVELS):
-            of_q, of_k = _around(b, b_at, row, length, level, stride)
-            of_q, of_k = tl.exp2(of_q), tl.exp2(of_k)
-            ds = tl.where(_same_group(row, level), dscores, 0.0).to(dtype)
-            dq += tl.dot(ds, (k * of_k).to(dtype), input_precision=PRECISION) * of_q
-            dk += tl.dot(tl.trans(ds), (q * of_q).to(dtype), input_precision=PRECISION) * of_k
-    return dq, dk
+        for bit in range(LEVELS):
+            of_q, of_k = _around(b, b_at, row, length, bit, stride)
+            level = tl.where(_same_pair(row, bit), ds, 0.0).to(dtype)
+            if OF_KEYS:
+                out += tl.dot(tl.trans(level), (other * of_q).to(dtype), input_precision=PRECISION) * of_k
+            else:
+                out += tl.dot(level, (other * of_k).to(dtype), input_precision=PRECISION) * of_q
+    return out
+
+
+@triton.jit
+def _carried_out(
+    k_ptr, b_ptr, dkeys_ptr, carried, offset, row, chunk_length, blocks, width: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """`carried` plus the sum over a chunk of k dk through the state behind it."""
+    after = tl.zeros([BK], dtype=tl.float32)  # log decay from the end of a block to the end of the chunk
+    for step in range(blocks):
+        first = (blocks - 1 - step) * BLOCK
+        at, inside = offset + first * width, (first + row < chunk_length)[:, None]
+        k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + at, mask=inside, other=0.0)
+        dkeys = tl.load(dkeys_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        total = tl.min(b, axis=0)
+        carried += tl.sum(k * dkeys * tl.exp2(tl.minimum(total[None, :] - b, 0.0) + after[None, :]), axis=0)
+        after += total
+    return carried
 
 
 @triton.jit
@@ -180,86 +207,81 @@ def intra_backward_kernel(
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dg [T, H, K] of one chunk: the parts from within the chunk, joined with those through the states.
+    """dq, dk and dg [T, H, K] of one chunk: the parts from within, joined with those through the states.
 
-    A gate at token t touches whatever crosses it, so (arXiv 2312.06635, section C) its gradient is a running sum:
-    dg_t = sum over s >= t of (q_s dq_s - k_s dk_s), plus all that leaves the chunk: the sums of k dk through the state
-    behind it, and of the state in front times its gradient. Pairs of a token with itself have no decay and stay out.
+    A gate at token t touches whatever crosses it, so its gradient is a running sum (arXiv 2312.06635, appendix):
+    dg_t = sum over s >= t of (q_s dq_s - k_s dk_s), plus all that leaves the chunk: the sums of k dk through the
+    state behind it, and of the state in front times its gradient. A token with itself has no decay: left out.
     """
     i_c, i_h = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(chunks_ptr + 2 * i_c), tl.load(chunks_ptr + 2 * i_c + 1)
     chunk_length = tl.minimum(C, end - start)
     blocks = tl.cdiv(chunk_length, BLOCK)
+    width: tl.constexpr = H * K
     row, column = tl.arange(0, BLOCK), tl.program_id(0) * BK + tl.arange(0, BK)
-    head = start.to(tl.int64) * H + i_h
-    base = head * K + column[None, :]
-    in_block = row[:, None] * (H * K)
-    in_scores = row[:, None] * (H * C) + row[None, :]
-    block_stride: tl.constexpr = BLOCK * H * K
+    offset = row[:, None] * width + column[None, :]
+    score_offset = row[:, None] * (H * C) + row[None, :]
+    head = (start.to(tl.int64) * H + i_h) * K
+    q_ptr, k_ptr, g_ptr, b_ptr = q_ptr + head, k_ptr + head, g_ptr + head, b_ptr + head
+    dq_ptr, dk_ptr, dg_ptr = dq_ptr + head, dk_ptr + head, dg_ptr + head
+    dqueries_ptr, dkeys_ptr = dqueries_ptr + head, dkeys_ptr + head
+    dscores_ptr += (start.to(tl.int64) * H + i_h) * C
     dtype = q_ptr.dtype.element_ty
 
-    chunk_at = (i_c.to(tl.int64) * H + i_h) * K + column
-    carried = tl.exp2(tl.load(total_ptr + chunk_at)) * tl.load(product_ptr + chunk_at)
-    after = tl.zeros([BK], dtype=tl.float32)  # log decay from the end of a block to the end of the chunk
+    at_chunk = (i_c.to(tl.int64) * H + i_h) * K + column
+    carried = tl.exp2(tl.load(total_ptr + at_chunk)) * tl.load(product_ptr + at_chunk)
+    carried = _carried_out(k_ptr, b_ptr, dkeys_ptr, carried, offset, row, chunk_length, blocks, width, BK)
     for step in range(blocks):
         i = blocks - 1 - step
         length = tl.minimum(BLOCK, chunk_length - i * BLOCK)
-        at, inside = base + i * block_stride + in_block, (row < length)[:, None]
-        k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        at, inside = offset + i * BLOCK * width, (row < length)[:, None]
+        own_at = dscores_ptr + i * BLOCK * (H * C) + i * BLOCK + score_offset
         b = tl.load(b_ptr + at, mask=inside, other=0.0)
-        dkeys = tl.load(dkeys_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        block_total = tl.min(b, axis=0)
-        carried += tl.sum(k * dkeys * tl.exp2(tl.minimum(block_total[None, :] - b, 0.0) + after[None, :]), axis=0)
-        after += block_total
-
-    after = tl.zeros([BK], dtype=tl.float32)
-    for step in range(blocks):
-        i = blocks - 1 - step
-        length = tl.minimum(BLOCK, chunk_length - i * BLOCK)
-        at, inside = base + i * block_stride + in_block, (row < length)[:, None]
-        b = tl.load(b_ptr + at, mask=inside, other=0.0)
-        block_total = tl.min(b, axis=0)
+        b_at = b_ptr + i * BLOCK * width + column[None, :]
 
         dq = tl.zeros([BLOCK, BK], dtype=tl.float32)
         before = tl.zeros([BK], dtype=tl.float32)
         for back in range(i):
             j = i - 1 - back
-            key_at = base + j * block_stride + in_block
-            b_key = tl.load(b_ptr + key_at)
-            key_total = tl.min(b_key, axis=0)
-            key = tl.load(k_ptr + key_at).to(tl.float32) * tl.exp2(key_total[None, :] - b_key + before[None, :])
-            ds_at = dscores_ptr + (head + i * BLOCK * H) * C + j * BLOCK + in_scores
+            b_key = tl.load(b_ptr + offset + j * BLOCK * width)
+            total = tl.min(b_key, axis=0)
+            key = tl.load(k_ptr + offset + j * BLOCK * width).to(tl.float32)
+            key = key * tl.exp2(total[None, :] - b_key + before[None, :])
+            ds_at = dscores_ptr + i * BLOCK * (H * C) + j * BLOCK + score_offset
             ds = tl.load(ds_at, mask=inside, other=0.0)
             dq = tl.dot(ds, key.to(dtype), dq, input_precision=PRECISION)
-            before += key_total
+            before += total
         dqueries = tl.load(dqueries_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dq = (dq + dqueries * (tl.exp2(before) * scale)[None, :]) * tl.exp2(b)
+        block = tl.load(own_at, mask=inside, other=0.0).to(tl.float32)
+        own = tl.sum(tl.where(row[:, None] == row[None, :], block, 0.0), axis=1)[:, None]
+        k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dq += _through_block(block, k, b, b_at, row, length, dtype, False, width, PRECISION)
+        tl.store(dq_ptr + at, (dq + own * k).to(dtype), mask=inside)
+        q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        crossing = q * dq
 
         dk = tl.zeros([BLOCK, BK], dtype=tl.float32)
         between = tl.zeros([BK], dtype=tl.float32)
         for ahead in range(step):
             j = i + 1 + ahead
-            query_at = base + j * block_stride + in_block
             there = (j * BLOCK + row < chunk_length)[:, None]
-            b_query = tl.load(b_ptr + query_at, mask=there, other=0.0)
-            query = tl.load(q_ptr + query_at, mask=there, other=0.0).to(tl.float32)
+            b_query = tl.load(b_ptr + offset + j * BLOCK * width, mask=there, other=0.0)
+            query = tl.load(q_ptr + offset + j * BLOCK * width, mask=there, other=0.0).to(tl.float32)
             query = query * tl.exp2(b_query + between[None, :])
-            ds_at = dscores_ptr + (head + j * BLOCK * H) * C + i * BLOCK + in_scores
+            ds_at = dscores_ptr + j * BLOCK * (H * C) + i * BLOCK + score_offset
             ds = tl.load(ds_at, mask=there, other=0.0)
             dk = tl.dot(tl.trans(ds), query.to(dtype), dk, input_precision=PRECISION)
             between += tl.min(b_query, axis=0)
         dkeys = tl.load(dkeys_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dk = (dk + dkeys * tl.exp2(between)[None, :]) * tl.exp2(tl.minimum(block_total[None, :] - b, 0.0))
-
-        q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        total = tl.min(b, axis=0)
+        dk = (dk + dkeys * tl.exp2(between)[None, :]) * tl.exp2(tl.minimum(total[None, :] - b, 0.0))
+        block = tl.load(own_at, mask=inside, other=0.0).to(tl.float32)
+        dk += _through_block(block, q, b, b_at, row, length, dtype, True, width, PRECISION)
+        tl.store(dk_ptr + at, (dk + own * q).to(dtype), mask=inside)
         k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        ds_at = dscores_ptr + (head + i * BLOCK * H) * C + i * BLOCK + in_scores
-        ds = tl.load(ds_at, mask=inside, other=0.0).to(tl.float32)
-        b_at = b_ptr + base + i * block_stride
-        dq_block, dk_block = _within_block(ds, q, k, b, b_at, row, length, dtype, H * K, PRECISION)
-        dq, dk = dq + dq_block, dk + dk_block
+        crossing = tl.where(inside, crossing - k * dk, 0.0)
 
-        crossing = tl.where(inside, q * dq - k * dk, 0.0)
         dg = carried[None, :] + tl.cumsum(crossing, axis=0, reverse=True)
         carried += tl.sum(crossing, axis=0)
         if GATED:
@@ -269,7 +291,3 @@ def intra_backward_kernel(
                 dg = tl.where(y > clamp_min, dg, 0.0)
             dg = dg * tl.sigmoid(-x) / normalizer
         tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=inside)
-
-        own = tl.sum(tl.where(row[:, None] == row[None, :], ds, 0.0), axis=1)[:, None]
-        tl.store(dq_ptr + at, (dq + own * k).to(dtype), mask=inside)
-        tl.store(dk_ptr + at, (dk + own * q).to(dtype), mask=inside)

@@ -1,14 +1,15 @@
 """Triton kernels of chunked GLA that touch the state [K, V]: all of them are plain tiled matrix products.
 
-The decays are already inside their operands (`gla_triton_intra.prepare_kernel`): queries decayed from the start of
-their chunk, keys to its end. So the forward and the backward pass are the same three kernels:
+The decays are already inside their operands (`gla_triton_intra.prepare_kernel`): queries decayed from the start
+of their chunk, keys to its end. So the forward and the backward pass are the same three kernels:
 
     march   h_{c+1} = exp(G_c) h_c + keys_c^T v_c          dh_{c-1} = exp(G_c) dh_c + queries_c^T do_c
     mix     o_c     = queries_c h_c + A_c v_c              dv_c     = keys_c dh_c + A_c^T do_c
     grad                                                   dqueries_c = do_c h_c^T, dkeys_c = v_c dh_c^T
 
-with G_c a chunk's total log decay and A_c the scores within the chunk. A chunk is C tokens of one sequence; `chunks_ptr`
-holds (first token, end of its sequence) of each. States are stored once a chunk, in the operands' precision.
+with G_c a chunk's total log decay and A_c the scores within the chunk. A chunk is C tokens of one sequence;
+`chunks_ptr` holds (first token, end of its sequence) of each. States are stored once a chunk, in the operands'
+precision.
 """
 
 try:
@@ -91,7 +92,9 @@ def mix_kernel(
         inside = (row < length)[:, None]
 
         x_at = x_ptr + head * K + row[:, None] * (H * K) + along_k[None, :]
-        state_at = states_ptr + (i_c.to(tl.int64) * H + i_h) * (K * V) + along_k[:, None] * V + column_v[None, :]
+        state_at = (
+            states_ptr + (i_c.to(tl.int64) * H + i_h) * (K * V) + along_k[:, None] * V + column_v[None, :]
+        )
         acc = tl.zeros([BM, BV], dtype=tl.float32)
         for k in range(0, K, BK):
             x = tl.load(x_at + k, mask=inside, other=0.0)
@@ -103,12 +106,16 @@ def mix_kernel(
         if TRANSPOSED:
             for n in range(i_m * BM, length, BN):
                 later = (n + along_n < length)[:, None]
-                a = tl.load(scores_at + (n + along_n)[:, None] * (H * C) + row[None, :], mask=later, other=0.0)
+                a = tl.load(
+                    scores_at + (n + along_n)[:, None] * (H * C) + row[None, :], mask=later, other=0.0
+                )
                 y = tl.load(y_at + n * (H * V), mask=later, other=0.0)
                 acc = tl.dot(tl.trans(a), y, acc, input_precision=PRECISION)
         else:
             for n in range(0, (i_m + 1) * BM, BN):
-                a = tl.load(scores_at + row[:, None] * (H * C) + (n + along_n)[None, :], mask=inside, other=0.0)
+                a = tl.load(
+                    scores_at + row[:, None] * (H * C) + (n + along_n)[None, :], mask=inside, other=0.0
+                )
                 y = tl.load(y_at + n * (H * V), mask=(n + along_n < length)[:, None], other=0.0)
                 acc = tl.dot(a, y, acc, input_precision=PRECISION)
         out_at = out_ptr + head * V + row[:, None] * (H * V) + column_v[None, :]

@@ -1,6 +1,6 @@
 """Tuned kernel configurations: configs/kernels/<gpu>/<operator>.json over what the code has built in.
 
-A file maps a shape ("K1024-V2048-H1-16bit") to the settings that won there. Only what a file names is replaced.
+A file maps a shape ("K1024-V2048-H1-16bit") to the settings that won there. Only what it names is replaced.
 `python -m benchmarks.tune_kernels` measures candidates on the GPU at hand and writes these files.
 """
 
@@ -14,7 +14,9 @@ import torch
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "kernels"
 
 
-def kernel_config(operator: str, shape: str, default: dict[str, dict], device: torch.device) -> dict[str, dict]:
+def kernel_config(
+    operator: str, shape: str, default: dict[str, dict], device: torch.device
+) -> dict[str, dict]:
     """Settings of each kernel of an operator at a shape: `default`, with the tuned ones laid over it.
 
     Args:
@@ -31,8 +33,8 @@ def kernel_config(operator: str, shape: str, default: dict[str, dict], device: t
         unknown = set(settings) - set(default.get(kernel, {}))
         if kernel not in default or unknown:
             raise ValueError(
-                f"configs/kernels/{gpu_name(device)}/{operator}.json, {shape}: {kernel} {sorted(unknown)} is unknown; "
-                f"the kernels and their settings are {default}"
+                f"configs/kernels/{gpu_name(device)}/{operator}.json, {shape}: {kernel} {sorted(unknown)} "
+                f"is unknown; the kernels and their settings are {default}"
             )
         merged[kernel].update(settings)
     return merged
