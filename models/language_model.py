@@ -281,9 +281,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         return torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        targets = F.pad(
-            labels[:, 1:], (0, 1), value=IGNORED
-        )  # [B, T], the last position predicts nothing known
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [B, T]; the last has nothing to predict
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, reduction=reduction)
 
     def _logits(self, hidden: Tensor, keep: int | Tensor, with_loss: bool) -> Tensor | None:

@@ -81,6 +81,7 @@ def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise ValueError(f"{target} is a file; a model is saved into a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         yield folder
