@@ -1,0 +1,74 @@
+"""Rows of downloaded data sets: parquet, JSON lines or CSV in a folder, as on the Hugging Face hub."""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+DOWNLOAD = "python huggingface/download.py --only eval"
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv")
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """Files of a split as the hub names them: `validation-00000-of-00001.parquet`, `validation.jsonl`."""
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in file.parts)
+    ]
+    named = [file for file in files if split in file.relative_to(folder).as_posix()]
+    return named or ([] if any(_names_a_split(file, folder) for file in files) else files)
+
+
+def _names_a_split(file: Path, folder: Path) -> bool:
+    name = file.relative_to(folder).as_posix()
+    return any(split in name for split in ("train", "validation", "test"))
+
+
+def read_rows(folder: Path, split: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows in file order.
+
+    Raises:
+        ValueError: no file of the split, a row without one of the fields, or a damaged file.
+    """
+    files = split_files(folder, split)
+    if not files:
+        raise ValueError(f"{folder} has no file of the split {split!r} ({', '.join(SUFFIXES)}): {DOWNLOAD}")
+    number = 0
+    for file in files:
+        for row in _read(file):
+            missing = [field for field in fields if row.get(field) is None]
+            if missing:
+                raise ValueError(
+                    f"{file} row {number}: no field {', '.join(missing)} (it has {', '.join(row)}); "
+                    f"is this the right data set? {DOWNLOAD} brings it"
+                )
+            yield row
+            number += 1
+
+
+def _read(file: Path) -> Iterator[dict[str, Any]]:
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            for batch in table.iter_batches():
+                yield from batch.to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{file} cannot be read ({error}); download it again: {DOWNLOAD}") from None
+        return
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as handle:
+        if file.suffix == ".csv":
+            yield from csv.DictReader(handle)
+            return
+        for number, line in enumerate(handle, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file} line {number} is no JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{file} line {number} is no JSON object")
+            yield row

@@ -1,0 +1,257 @@
+"""A model behind four questions: generate, log likelihood, next tokens at positions, losses.
+
+Prompts are read in pieces with the carried state, so that memory does not grow with their length (linear
+RNNs), and in left-padded batches. Models of transformers answer the same questions through their own caches.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.language_model import LanguageModel
+
+from .items import GENERATE, LOGLIKELIHOOD, LOSSES, PREDICT, Item
+from .scoring import cut_at, position_buckets
+
+LOGIT_ELEMENTS = 2**27  # logits held at once where those of many positions are needed: 0.5 GB in fp32
+LOOK_EVERY = 8  # decoding steps between looks at whether all rows are done: each look waits for the GPU
+SMALLEST_PIECE = 256
+
+
+class EvalModel:
+    """A causal language model with its tokenizer.
+
+    Args:
+        piece: tokens of a prompt read at once.
+        batch_tokens: how many tokens a batch may hold, padding included.
+        allow_long: accept prompts beyond what the tokenizer's folder names as its greatest length.
+    """
+
+    max_rows = 32
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        piece: int = 8192,
+        batch_tokens: int = 4096,
+        allow_long: bool = False,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.piece = piece
+        self.batch_tokens = batch_tokens
+        self.allow_long = allow_long
+        self.device = next(model.parameters()).device
+        self.recurrent = isinstance(model, LanguageModel)
+        takes = inspect.signature(model.forward).parameters
+        self.positions = "position_ids" in takes
+        self.keeps_logits = "logits_to_keep" in takes
+        # a cache that other libraries' recurrent models fill in their own way cannot be read into in pieces
+        self.carries = self.recurrent or (
+            "past_key_values" in takes and not getattr(model, "_is_stateful", False)
+        )
+        end = getattr(model.generation_config, "eos_token_id", None)
+        end = tokenizer.eos_token_id if end is None else end
+        self.end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
+
+    def longest(self) -> int | None:
+        """Tokens that the model or its tokenizer allows, None without a limit."""
+        limits = []
+        if not self.recurrent and getattr(self.model.config, "max_position_embeddings", None):
+            limits.append(self.model.config.max_position_embeddings)
+        named = getattr(self.tokenizer, "model_max_length", None)
+        if named is not None and named < 10**9 and not self.allow_long:
+            limits.append(named)
+        return min(limits) if limits else None
+
+    def check(self, item: Item) -> None:
+        """Raises ValueError when the item is longer than the model or tokenizer allows."""
+        item.check()
+        longest = self.longest()
+        if longest is not None and item.size > longest:
+            hint = " (allow_long=true if the model can read more)" if self.recurrent else ""
+            raise ValueError(
+                f"{item.task} {item.key} needs {item.size} tokens, the tokenizer or model allows {longest}; "
+                f"prompts are never cut: choose shorter lengths{hint}"
+            )
+
+    def answer(self, items: Sequence[Item]) -> list[Any]:
+        """The answers to items of one kind; a batch that does not fit the memory is halved, then the piece.
+
+        Raises:
+            MemoryError: not even one item fits.
+        """
+        ask = {
+            GENERATE: self._generate,
+            LOGLIKELIHOOD: self._loglikelihood,
+            PREDICT: self._predict,
+            LOSSES: self._losses,
+        }[items[0].kind]
+        try:
+            with torch.inference_mode():
+                return ask(items)
+        except torch.OutOfMemoryError:
+            pass  # leave the block first: the exception holds on to the tensors that did not fit
+        torch.cuda.empty_cache()
+        if len(items) > 1:
+            middle = len(items) // 2
+            return self.answer(items[:middle]) + self.answer(items[middle:])
+        if not self.carries or self.piece <= SMALLEST_PIECE:
+            raise MemoryError(
+                f"{items[0].task}: {items[0].size} tokens do not fit the memory of {self.device}"
+            )
+        self.piece //= 2
+        return self.answer(items)
+
+    # ------------------------------------------------------------------------------------------------
+    # reading
+
+    def _pad(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+        """Left-padded tokens [B, T] and their mask."""
+        length = max(len(item.tokens) for item in items)
+        ids = np.zeros((len(items), length), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, item in enumerate(items):
+            ids[row, length - len(item.tokens) :] = item.tokens
+            mask[row, length - len(item.tokens) :] = 1
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, cache: Any, keep: int) -> tuple[Tensor, Any]:
+        """Logits [B, keep, V] of the last positions of `ids` [B, n] (0: all), and the state after them.
+
+        `mask` [B, seen + n] covers everything read so far; None when nothing is padding.
+        """
+        n = ids.shape[1]
+        extra: dict[str, Any] = {"logits_to_keep": keep} if self.keeps_logits else {}
+        if self.carries:
+            extra.update(past_key_values=cache, use_cache=True)
+        if mask is not None:
+            if self.positions and not self.recurrent:
+                extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -n:]
+            extra["attention_mask"] = mask[:, -n:] if self.recurrent else mask
+        output = self.model(input_ids=ids, **extra)
+        logits = output.logits[:, -keep:] if keep else output.logits
+        return logits, output.past_key_values if self.carries else None
+
+    def _mask(self, mask: Tensor, padded: int, start: int, end: int) -> Tensor | None:
+        """What `_forward` wants of the mask for the tokens [start, end); padding ends at `padded`."""
+        if self.recurrent and start >= padded:
+            return None  # nothing but tokens: the faster path
+        return mask[:, :end] if padded else None
+
+    def _read(self, items: Sequence[Item], last: int, piece: int) -> tuple[Tensor, Any, Tensor, int]:
+        """Logits [B, last, V] of the last positions, the state, the mask, and where padding ends."""
+        ids, mask = self._pad(items)
+        padded = ids.shape[1] - min(len(item.tokens) for item in items)
+        cut = max(ids.shape[1] - last, 0) if self.carries else 0
+        cache = None
+        for start in range(0, cut, piece):
+            end = min(start + piece, cut)
+            _, cache = self._forward(ids[:, start:end], self._mask(mask, padded, start, end), cache, 1)
+        end = ids.shape[1]
+        logits, cache = self._forward(ids[:, cut:], self._mask(mask, padded, cut, end), cache, last)
+        return logits, cache, mask, padded
+
+    def _stream(self, items: Sequence[Item]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """All logits, piece by piece: (start, logits [B, n, V], tokens [B, T])."""
+        ids, mask = self._pad(items)
+        padded = ids.shape[1] - min(len(item.tokens) for item in items)
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        piece = max(min(self.piece, LOGIT_ELEMENTS // (len(items) * vocabulary)), 16)
+        cache, step = None, piece if self.carries else ids.shape[1]
+        for start in range(0, ids.shape[1], step):
+            end = min(start + step, ids.shape[1])
+            logits, cache = self._forward(ids[:, start:end], self._mask(mask, padded, start, end), cache, 0)
+            yield start, logits, ids
+
+    # ------------------------------------------------------------------------------------------------
+    # the four questions
+
+    def _generate(self, items: Sequence[Item]) -> list[str]:
+        new_tokens = max(item.max_new_tokens for item in items)
+        if not self.carries:
+            return self._generate_whole(items, new_tokens)
+        logits, cache, mask, padded = self._read(items, 1, self.piece)
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        produced = [token]
+        while len(produced) < new_tokens:
+            if len(produced) % LOOK_EVERY == 0 and self._all_done(items, torch.cat(produced, 1)):
+                break
+            if padded and not self.recurrent:
+                mask = F.pad(mask, (0, 1), value=1)
+            step_mask = mask if padded and not self.recurrent else None
+            logits, cache = self._forward(token, step_mask, cache, 1)
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            produced.append(token)
+        rows = torch.cat(produced, 1).tolist()
+        return [self._text(item, row)[0] for item, row in zip(items, rows)]
+
+    def _generate_whole(self, items: Sequence[Item], new_tokens: int) -> list[str]:
+        ids, mask = self._pad(items)
+        output = self.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=self.end_ids[0] if self.end_ids else 0,
+        )
+        rows = output[:, ids.shape[1] :].tolist()
+        return [self._text(item, row)[0] for item, row in zip(items, rows)]
+
+    def _all_done(self, items: Sequence[Item], produced: Tensor) -> bool:
+        return all(self._text(item, row)[1] for item, row in zip(items, produced.tolist()))
+
+    def _text(self, item: Item, row: list[int]) -> tuple[str, bool]:
+        """The continuation up to its end, and whether it has ended."""
+        row = row[: item.max_new_tokens]
+        ends = [row.index(end) for end in self.end_ids if end in row]
+        text = self.tokenizer.decode(row[: min(ends)] if ends else row, skip_special_tokens=True)
+        cut = cut_at(text, item.stop)
+        return cut, bool(ends) or len(row) == item.max_new_tokens or len(cut) < len(text)
+
+    def _loglikelihood(self, items: Sequence[Item]) -> list[tuple[float, bool]]:
+        longest = max(item.continuation for item in items)
+        logits, *_ = self._read(items, longest + 1, self.piece)
+        answers = []
+        for item, row in zip(items, logits):
+            n = item.continuation
+            scores = row[-n - 1 : -1].float()  # [n, V], the position before each scored token
+            targets = torch.as_tensor(item.tokens[-n:], dtype=torch.int64, device=scores.device)
+            loss = F.cross_entropy(scores, targets, reduction="sum")
+            answers.append((-float(loss), bool((scores.argmax(-1) == targets).all())))
+        return answers
+
+    def _predict(self, items: Sequence[Item]) -> list[list[int]]:
+        answers: list[dict[int, int]] = [{} for _ in items]
+        for start, logits, ids in self._stream(items):
+            likeliest = logits.argmax(-1).tolist()  # [B, n]
+            for row, item in enumerate(items):
+                shift = ids.shape[1] - len(item.tokens) - start
+                for position in item.positions:
+                    if 0 <= position + shift < len(likeliest[row]):
+                        answers[row][position] = likeliest[row][position + shift]
+        return [[found[position] for position in item.positions] for item, found in zip(items, answers)]
+
+    def _losses(self, items: Sequence[Item]) -> list[list[list[float]]]:
+        """Sum and count of the losses in each of `position_buckets`, per item."""
+        losses: list[list[Tensor]] = [[] for _ in items]
+        for start, logits, ids in self._stream(items):
+            targets = ids[:, start + 1 : start + 1 + logits.shape[1]]
+            for row in range(len(items)):
+                scores = logits[row, : targets.shape[1]].float()
+                losses[row].append(F.cross_entropy(scores, targets[row], reduction="none"))
+        return [_bucketed(torch.cat(parts), len(item.tokens)) for parts, item in zip(losses, items)]
+
+
+def _bucketed(losses: Tensor, length: int) -> list[list[float]]:
+    own = losses[len(losses) - (length - 1) :].double().cpu()  # the loss of token t at t - 1
+    return [
+        [float(own[low - 1 : high - 1].sum()), float(high - low)] for low, high in position_buckets(length)
+    ]

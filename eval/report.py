@@ -1,0 +1,99 @@
+"""results.json and report.md: every figure of the run, and the same in tables with models side by side."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .store import write_json
+
+Results = dict[str, Any]
+
+
+def write(results: Results, folder: Path, plots: Sequence[Path]) -> None:
+    write_json(folder / "results.json", results)
+    text = "\n".join(_lines(results, plots)) + "\n"
+    (folder / "report.md").write_text(text, encoding="utf-8")
+
+
+def tasks_of(results: Results) -> list[str]:
+    """Task names in the order in which they were run."""
+    return list(dict.fromkeys(task for model in results["models"] for task in model["tasks"]))
+
+
+def table(results: Results) -> str:
+    """Scores in per cent with 95 % intervals; a row a task, a column a model."""
+    models = results["models"]
+    rows = [["task", *(model["label"] for model in models)]]
+    for task in tasks_of(results):
+        rows.append([task, *(_cell(model["tasks"].get(task)) for model in models)])
+    return _aligned(rows)
+
+
+def _cell(summary: dict[str, Any] | None) -> str:
+    if summary is None:
+        return "-"
+    if "perplexity" in summary:
+        return f"perplexity {summary['perplexity']:.2f} (n={summary['n']})"
+    low, high = 100 * summary["low"], 100 * summary["high"]
+    return f"{100 * summary['score']:.1f} [{low:.1f}, {high:.1f}] (n={summary['n']})"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
+
+
+def _lines(results: Results, plots: Sequence[Path]) -> Iterator[str]:
+    yield "# Evaluation\n"
+    yield f"`{results['command']}`\n"
+    yield "Scores in per cent with 95 % bootstrap intervals over items; n counts items.\n"
+    yield table(results) + "\n"
+    yield "## Models\n"
+    yield _models_table(results) + "\n"
+    for task in tasks_of(results):
+        yield from _breakdown(results, task)
+    if plots:
+        yield "## Plots\n"
+        yield from (f"![{plot.stem}]({plot.parent.name}/{plot.name})" for plot in plots)
+        yield ""
+    yield from _problems(results)
+
+
+def _models_table(results: Results) -> str:
+    rows = [["model", "path", "recurrent state (elements)", "seconds", "outside the model"]]
+    for model in results["models"]:
+        state = model.get("state_elements")
+        # runs that found everything answered have spent no time in the model
+        share = f"{100 * model['outside_share']:.1f} %" if model["outside_share"] is not None else "-"
+        rows.append(
+            [model["label"], model["path"], f"{state:,}" if state else "-", f"{model['seconds']:.1f}", share]
+        )
+    return _aligned(rows)
+
+
+def _breakdown(results: Results, task: str) -> Iterator[str]:
+    summaries = [(model["label"], model["tasks"].get(task)) for model in results["models"]]
+    fields = next((list(summary["by"]) for _, summary in summaries if summary), [])
+    for field in (field for field in fields if "," not in field):
+        values = sorted({row[field] for _, summary in summaries if summary for row in summary["by"][field]})
+        rows = [[field, *(label for label, _ in summaries)]]
+        for value in values:
+            rows.append([str(value), *(_value_cell(summary, field, value) for _, summary in summaries)])
+        yield f"## {task} by {field}\n"
+        yield _aligned(rows) + "\n"
+
+
+def _value_cell(summary: dict[str, Any] | None, field: str, value: Any) -> str:
+    row = next((row for row in (summary or {"by": {field: []}})["by"][field] if row[field] == value), None)
+    return "-" if row is None else f"{100 * row['score']:.1f} (n={row['n']})"
+
+
+def _problems(results: Results) -> Iterator[str]:
+    skipped = results["skipped"]
+    failed = [(model["label"], *entry) for model in results["models"] for entry in model["failed"].items()]
+    if not skipped and not failed:
+        return
+    yield "## Not run\n"
+    yield from (f"- {task}: {reason}" for task, reason in skipped.items())
+    yield from (f"- {task} with {label}: {reason}" for label, task, reason in failed)

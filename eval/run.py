@@ -1,0 +1,161 @@
+"""The command from its arguments to the report: everything is checked before the first model is loaded."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from . import opening, report
+from .registry import Family, load_families, select
+from .session import Session
+from .settings import EvalArguments, Settings, read_settings
+from .store import Record, Store, check_identity
+from .summary import summarise
+
+Tasks = list[tuple[Family, str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input and nothing loaded, 1 some task failed, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help", "help"} & set(argv):
+        print(EvalArguments.__doc__.strip())
+        return 0
+    if {"tasks=list", "--tasks=list"} & set(argv):
+        _print_tasks()
+        return 0
+    try:
+        settings, tasks, skipped, sources = prepare(argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    try:
+        return evaluate(settings, tasks, skipped, sources, argv)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _print_tasks() -> None:
+    for family in load_families().values():
+        print(f"{family.name}: {' '.join(family.tasks + family.extra)}")
+
+
+def prepare(argv: Sequence[str]) -> tuple[Settings, Tasks, dict[str, str], list[tuple[Any, dict]]]:
+    """Settings, the tasks that can run, why others cannot, and the models with what identifies them.
+
+    Raises:
+        ValueError: anything wrong that can be seen before a model is loaded.
+    """
+    settings = read_settings(argv)
+    chosen = select(settings.tasks)
+    for family in {family.name: family for family, _ in chosen}.values():
+        family.check(settings)
+    sources = opening.find_sources(settings.models)
+    for source in sources:
+        opening.check_source(source, settings)
+    runnable, skipped = [], {}
+    for family, task in chosen:
+        reason = family.lacks(task, settings)
+        if reason is None:
+            runnable.append((family, task))
+        else:
+            skipped[task] = reason
+    _print_skipped(skipped)
+    if not runnable:
+        raise ValueError("none of the chosen tasks can run; what each of them lacks stands above")
+    identified = [(source, opening.identify(source, settings)) for source in sources]
+    for source, identity in identified:
+        check_identity(settings.output / source.label, identity)
+    return settings, runnable, skipped, identified
+
+
+def _print_skipped(skipped: dict[str, str]) -> None:
+    by_reason: dict[str, list[str]] = {}
+    for task, reason in skipped.items():
+        by_reason.setdefault(reason, []).append(task)
+    for reason, names in by_reason.items():
+        print(f"skipped {', '.join(names)}: {reason}", file=sys.stderr)
+
+
+def evaluate(
+    settings: Settings,
+    tasks: Tasks,
+    skipped: dict[str, str],
+    sources: list[tuple[Any, dict]],
+    argv: Sequence[str],
+) -> int:
+    results: report.Results = {
+        "format": 1,
+        "command": f"python -m eval {' '.join(argv)}",
+        "seed": settings.seed,
+        "skipped": skipped,
+        "models": [],
+    }
+    settings.output.mkdir(parents=True, exist_ok=True)
+    for source, identity in sources:
+        results["models"].append(run_model(source, identity, settings, tasks))
+        plots: list[Any] = []
+        if settings.plots:
+            from .plots import draw
+
+            plots = draw(results, settings.output / "plots")
+        # after each model: what is done is on the disk if the next one cannot be loaded
+        report.write(results, settings.output, plots)
+    print(report.table(results))
+    print(f"\n{settings.output}/report.md, results.json, plots/")
+    return 1 if any(model["failed"] for model in results["models"]) else 0
+
+
+def run_model(source: Any, identity: dict[str, Any], settings: Settings, tasks: Tasks) -> dict[str, Any]:
+    """All tasks with one model. A task that fails is noted, and the others go on."""
+    began = time.perf_counter()
+    with Store(settings.output / source.label, identity) as store:
+        model = opening.open_model(source, settings)
+        loaded = time.perf_counter()
+        session = Session(model, store, opening.identity_key(identity))
+        done, failed = {}, {}
+        for family, task in tasks:
+            try:
+                records = run_one(family, task, settings, session)
+                if not records:
+                    raise ValueError("there are no items")
+                done[task] = summarise(family.name, task, records)
+            except (ValueError, MemoryError, OSError) as error:
+                failed[task] = " ".join(str(error).split())
+                print(f"failed {task}: {failed[task]}", file=sys.stderr)
+    for task, seconds in session.seconds.items():
+        if task in done:
+            done[task].update(seconds=seconds, model_seconds=session.model_seconds.get(task, 0.0))
+    inside = sum(session.model_seconds.values())
+    return {
+        "label": source.label,
+        "path": source.path,
+        "identity": identity,
+        "state_elements": state_elements(model),
+        "seconds": time.perf_counter() - began,
+        "load_seconds": loaded - began,
+        "outside_share": 1 - inside / sum(session.seconds.values()) if inside else None,
+        "tasks": done,
+        "failed": failed,
+    }
+
+
+def run_one(family: Family, task: str, settings: Settings, session: Session) -> list[Record]:
+    if family.run is not None:
+        return family.run(task, settings, session)
+    assert family.build is not None
+    return session.run(task, family.build(task, settings, session.model.tokenizer))
+
+
+def state_elements(model: Any) -> int | None:
+    """Recurrent state of one sequence over all layers; None for models that are not of this repository."""
+    from models import state_report
+
+    with contextlib.suppress(AttributeError, TypeError, ValueError):
+        return state_report(model.model).total_elements
+    return None

@@ -1,0 +1,96 @@
+"""Finished answers, one JSON line each: what an interrupted evaluation has done is not done again.
+
+DIR/{model}/model.json says which model the folder belongs to, DIR/{model}/answers/{task}.jsonl holds the
+answers.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class Store:
+    """Answers of one model. Use as a context manager: the folder is locked meanwhile.
+
+    Raises:
+        ValueError: the folder belongs to another model, or another run is writing to it.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        self.identity = identity
+        check_identity(folder, identity)
+
+    def __enter__(self) -> "Store":
+        (self.folder / "answers").mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ValueError(
+                f"another evaluation is writing to {self.folder}; wait, or give another output="
+            ) from None
+        write_json(self.folder / "model.json", self.identity)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+
+    def _file(self, task: str) -> Path:
+        return self.folder / "answers" / f"{task.replace('/', '_').replace(':', '_')}.jsonl"
+
+    def finished(self, task: str) -> dict[str, Record]:
+        """Kept records by fingerprint. A last line that an interruption tore off is removed from the file."""
+        file = self._file(task)
+        if not file.exists():
+            return {}
+        content = file.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with open(file, "r+b") as handle:
+                handle.truncate(whole)
+        records: dict[str, Record] = {}
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                records[record["fingerprint"]] = record
+            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+                raise ValueError(
+                    f"{file} line {number} is damaged; delete that line to have its item run again"
+                ) from None
+        return records
+
+    def add(self, task: str, records: Iterable[Record]) -> None:
+        """Append, and do not return before it is on the disk."""
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with open(self._file(task), "a", encoding="utf-8") as handle:
+            handle.write(lines)
+            handle.flush()
+            os.fsync(handle.fileno())
+
+
+def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Raises ValueError when the folder holds the answers of a model that is not this one."""
+    file = folder / "model.json"
+    if not file.exists():
+        return
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    different = [name for name in identity if name != "path" and kept.get(name) != identity[name]]
+    if different:
+        raise ValueError(
+            f"{folder} holds the answers of another model ({kept.get('path')}; different: "
+            f"{', '.join(different)}); give another output=, or remove that folder"
+        )
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Whole or not at all."""
+    part = file.with_name(file.name + ".tmp")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, file)

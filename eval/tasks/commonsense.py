@@ -1,0 +1,40 @@
+"""Common sense: PIQA, HellaSwag, WinoGrande, ARC and SIQA through lm-eval; and its other tasks by name."""
+
+from pathlib import Path
+from typing import Any
+
+from .. import harness
+from ..datafiles import DOWNLOAD
+from ..registry import HARNESS_PREFIX, Family, register
+from ..session import Session
+from ..settings import Settings
+from ..store import Record
+
+# our name: (lm-eval's name, folder of its data)
+TASKS = {
+    "piqa": ("piqa", "piqa"),
+    "hellaswag": ("hellaswag", "hellaswag"),
+    "winogrande": ("winogrande", "winogrande"),
+    "arc_easy": ("arc_easy", "ai2_arc"),
+    "arc_challenge": ("arc_challenge", "ai2_arc"),
+    "siqa": ("social_iqa", "siqa"),
+}
+
+
+def _folder(task: str, settings: Settings) -> Path | None:
+    return settings.data / TASKS[task][1] if task in TASKS else None
+
+
+def run(task: str, settings: Settings, session: Session) -> list[Record]:
+    name = TASKS[task][0] if task in TASKS else task.removeprefix(HARNESS_PREFIX)
+    return harness.run_task(name, task, _folder(task, settings), settings.limit, session)
+
+
+def lacks(task: str, settings: Settings) -> str | None:
+    if not harness.installed():
+        return f"lm-eval is not installed: {harness.INSTALL}"
+    folder: Any = _folder(task, settings)
+    return None if folder is None or folder.is_dir() else f"no data in {folder}: {DOWNLOAD}"
+
+
+register(Family(name="commonsense", tasks=tuple(TASKS), run=run, lacks=lacks))

@@ -1,0 +1,151 @@
+"""Recall of facts from a document: six data sets under the "Just read twice" protocol (2407.05483).
+
+Zero-shot cloze: a document, then the beginning of a statement that a phrase of the document completes. The
+document is cut to `length - 50` tokens around the first occurrence of the answer. Greedy, up to 48 tokens or
+a line break; right when an accepted answer occurs in the continuation. The `_twice` variants give the
+question, the document, the document again, and the cloze.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..datafiles import DOWNLOAD, read_rows
+from ..items import GENERATE, Item, encode
+from ..registry import Family, register
+from ..settings import Settings
+
+NEW_TOKENS = 48
+ANSWER_LENGTH = 50
+SUMMARY = "Summary of information above..."
+
+
+@dataclass(frozen=True)
+class Question:
+    document: str
+    cue: str  # what the answer completes
+    intro: str  # the question as the `_twice` variants ask it in front
+    answers: tuple[str, ...]
+
+
+def _without_end(text: str, end: str) -> str:
+    text = text.strip()
+    while end and text.lower().endswith(end.lower()):
+        text = text[: -len(end)].strip()
+    return text
+
+
+def attribute(row: dict[str, Any]) -> Question:
+    """SWDE and FDA: "... Directed by:"."""
+    key = row["key"].strip()
+    document = _without_end(row["text"].split(SUMMARY)[0], f"{key}:")
+    name = key[:1].upper() + key[1:]
+    return Question(document, f"{name}:", f"Information about {name}.", (row["value"].strip(),))
+
+
+def completion(row: dict[str, Any]) -> Question:
+    """SQuAD completion: the text ends with a statement that the answer completes."""
+    document, text = row["context"].split("Question:")[0].strip(), row["text"].strip()
+    if document in text:
+        cue = text[text.rindex(document) + len(document) :]
+    else:
+        document, _, cue = text.rpartition("\n") if "\n" in text else text.rpartition(". ")
+    return Question(document, cue.strip(" .\n"), row["question"].strip(), (row["value"].strip(),))
+
+
+def passage(row: dict[str, Any]) -> Question:
+    """TriviaQA, DROP and NQ: context and cloze in fields of their own."""
+    cue = row["question"].strip()
+    context = _without_end(re.sub(r"\[(PAR|DOC|TLE)\]", "", row["context"]), cue)
+    answers = tuple(answer.strip() for answer in row["answers"] if answer.strip())
+    return Question(context, cue, row["orig_question"].strip(": "), answers)
+
+
+@dataclass(frozen=True)
+class Source:
+    """`folder` is the last part of the data set's name; {length} is filled in."""
+
+    folder: str
+    fields: tuple[str, ...]
+    read: Callable[[dict[str, Any]], Question]
+
+
+_ATTRIBUTE = ("text", "key", "value")
+_PASSAGE = ("context", "question", "orig_question", "answers")
+SOURCES = {
+    "swde": Source("based-swde-v2", _ATTRIBUTE, attribute),
+    "fda": Source("based-fda", _ATTRIBUTE, attribute),
+    "squad": Source("based-squad", ("text", "context", "question", "value"), completion),
+    "triviaqa": Source("based_triviaqa", _PASSAGE, passage),
+    "drop": Source("based_drop", _PASSAGE, passage),
+    "nq": Source("based_nq_{length}", _PASSAGE, passage),
+}
+TWICE = "_twice"
+
+
+def cut_around(document: str, answers: tuple[str, ...], tokenizer: Any, window: int) -> str:
+    """`window` tokens of the document with the first occurrence of an answer in the middle.
+
+    A document without the answer keeps its beginning. At the ends of the document the window moves, not
+    shrinks.
+    """
+    encoded = tokenizer(
+        document, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+    )
+    offsets = encoded["offset_mapping"]
+    if len(offsets) <= window:
+        return document
+    found = [document.lower().find(answer.lower()) for answer in answers]
+    at, length = min(((at, len(a)) for at, a in zip(found, answers) if at >= 0), default=(0, 0))
+    inside = [i for i, (start, end) in enumerate(offsets) if end > at and start < at + length] or [0]
+    middle = (inside[0] + inside[-1] + 1) // 2
+    first = min(max(middle - window // 2, 0), len(offsets) - window)
+    return document[offsets[first][0] : offsets[first + window - 1][1]]
+
+
+def prompt(question: Question, document: str, twice: bool) -> str:
+    once = document.strip().strip(".").strip() + "."
+    if twice:
+        return f"{question.intro} {once}\n{once} {question.cue}"
+    return f"{once} {question.cue}"
+
+
+def build(task: str, settings: Settings, tokenizer: Any) -> Iterator[Item]:
+    source = SOURCES[task.removesuffix(TWICE)]
+    for length in settings.recall_lengths:
+        folder = settings.data / source.folder.format(length=length)
+        for index, row in enumerate(read_rows(folder, "validation", source.fields)):
+            if settings.limit is not None and index >= settings.limit:
+                break
+            yield make_item(task, source.read(row), length, index, tokenizer, folder)
+
+
+def make_item(task: str, question: Question, length: int, index: int, tokenizer: Any, folder: Path) -> Item:
+    if not question.answers or not all(question.answers):
+        raise ValueError(f"{folder} row {index} has no answer")
+    document = cut_around(question.document, question.answers, tokenizer, length - ANSWER_LENGTH)
+    return Item(
+        task=task,
+        key=f"length={length}/{index}",
+        kind=GENERATE,
+        tokens=encode(tokenizer, prompt(question, document, task.endswith(TWICE))),
+        answers=question.answers,
+        rule="contains",
+        max_new_tokens=NEW_TOKENS,
+        stop=("\n",),
+        group={"length": length},
+    )
+
+
+def lacks(task: str, settings: Settings) -> str | None:
+    source = SOURCES[task.removesuffix(TWICE)]
+    folders = {settings.data / source.folder.format(length=length) for length in settings.recall_lengths}
+    absent = sorted(str(folder) for folder in folders if not folder.is_dir())
+    return f"no data in {', '.join(absent)}: {DOWNLOAD}" if absent else None
+
+
+register(Family(name="recall", tasks=tuple(SOURCES), build=build, lacks=lacks))
+_twice = tuple(name + TWICE for name in SOURCES)
+register(Family(name="recall_twice", tasks=(), extra=_twice, build=build, lacks=lacks))
