@@ -42,11 +42,15 @@ def plan_expansion(
     expand_factor: int | None = None,
 ) -> list[LayerPlan]:
     """What `expand_state` does to a model of this config, as pure data, or ValueError."""
-    family = family_of(config).name
-    mode = mode_name(family, drop_mode)
-    factor = choose_factor(mode, MODES[family][mode].factors, expand_factor)
+    family = family_of(config)
+    if not isinstance(config, family.config_class):
+        raise ValueError(
+            f"a {type(config).__name__} of another library cannot be expanded; use load_pretrained"
+        )
+    mode = mode_name(family.name, drop_mode)
+    factor = choose_factor(mode, MODES[family.name][mode].factors, expand_factor)
     chosen = choose_layers(len(config.layers), drop_prop, layers)
-    return [_plan_layer(config, layer, mode, MODES[family][mode], factor) for layer in chosen]
+    return [_plan_layer(config, layer, mode, MODES[family.name][mode], factor) for layer in chosen]
 
 
 def _plan_layer(config: Any, layer: int, name: str, mode: Mode, factor: int) -> LayerPlan:

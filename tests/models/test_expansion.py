@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from models.expansion import expand_state, freeze_all_but_expanded, plan_expansion
 from models.gla import GLALayerShape
@@ -75,6 +76,13 @@ def test_wishes_that_do_not_fit_are_refused_and_change_nothing(family, wishes, m
         expand_state(model, **wishes)
     assert model.config.layers == config
     assert all(torch.equal(tensor, before[name]) for name, tensor in snapshot(model).items())
+
+
+def test_a_model_of_another_library_is_refused():
+    with torch.device("meta"):
+        theirs = Mamba2ForCausalLM(Mamba2Config(num_hidden_layers=1))
+    with pytest.raises(ValueError, match="Mamba2Config of another library.*load_pretrained"):
+        expand_state(theirs, drop_prop=1)
 
 
 def test_expanding_a_layer_twice_is_refused():
