@@ -19,21 +19,21 @@ class Family:
 
     Attributes:
         name: what the rest of the code calls it, and the key of its expansion modes.
-        config_class, model_class: ours, of model_type `model_type`.
+        config_class, model_class: ours.
         published_types: values of `model_type` in published config.json files that this family reads.
-        recognises: whether a config.json without `model_type` is one of the family's.
         read_config: published config.json -> keyword arguments of config_class.
         read_tensor: (stored name, tensor, config) -> our names and tensors; {} drops it.
-        write_published: model -> (config.json, tensors) in the published layout; the model is not expanded.
+        write_published: unexpanded model -> (config.json, tensors) in the published layout, if it has one.
+        recognises: whether a config.json without `model_type` is one of the family's.
     """
 
     name: str
     config_class: type
     model_class: type
-    published_types: tuple[str, ...]
-    read_config: Callable[[RawConfig], RawConfig]
-    read_tensor: Callable[[str, Tensor, Any], dict[str, Tensor]]
-    write_published: Callable[[Any], tuple[RawConfig, dict[str, Tensor]]]
+    published_types: tuple[str, ...] = ()
+    read_config: Callable[[RawConfig], RawConfig] = dict
+    read_tensor: Callable[[str, Tensor, Any], dict[str, Tensor]] = lambda name, tensor, config: {name: tensor}
+    write_published: Callable[[Any], tuple[RawConfig, dict[str, Tensor]]] | None = None
     recognises: Callable[[RawConfig], bool] = lambda raw: False
 
     @property

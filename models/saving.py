@@ -107,7 +107,7 @@ def save_published(model: Any, folder: str | os.PathLike) -> None:
     """Save an unexpanded model in its family's published layout, for transformers or flash-linear-attention.
 
     Raises:
-        ValueError: a layer is expanded; the published layouts have no place for that.
+        ValueError: a layer is expanded, for which the published layouts have no place, or there is no layout.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -120,7 +120,10 @@ def save_published(model: Any, folder: str | os.PathLike) -> None:
         raise ValueError(
             f"layers {changed} are expanded, which the published layout cannot say; use save_pretrained"
         )
-    raw, tensors = family_of(config).write_published(model)
+    write_published = family_of(config).write_published
+    if write_published is None:
+        raise ValueError(f"the {family_of(config).name} family has no published layout; use save_pretrained")
+    raw, tensors = write_published(model)
     if config.tie_word_embeddings:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     raw["dtype"] = str(model.dtype).removeprefix("torch.")
