@@ -45,22 +45,34 @@ def causal_conv1d(
     """
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
     chosen = resolve("causal_conv1d", x.device, _offered(x, weight, initial_state, cu_seqlens), backend)
-    if chosen == "torch":
-        return _conv_torch(x, weight, bias, activation, initial_state, output_final_state, cu_seqlens)
-    y = _conv_mamba(x, weight, bias, activation, initial_state, cu_seqlens)
+    run = {"torch": _conv_torch, "mamba_ssm": _conv_mamba, "triton": _conv_triton}[chosen]
+    y = run(x, weight, bias, activation, initial_state, cu_seqlens)
     final = final_inputs(x, weight.shape[1], initial_state, cu_seqlens) if output_final_state else None
     return y, final
 
 
 def final_inputs(x: Tensor, width: int, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The last W - 1 inputs of every sequence `[S, D, W - 1]`, initial ones included where it is shorter."""
-    padded, last_rows = _with_past(x, width, initial_state, cu_seqlens)[:2]
-    return padded[:, last_rows].reshape(-1, width - 1, x.shape[2]).transpose(1, 2)
+    batch, length, channels = x.shape
+    if cu_seqlens is None:
+        offsets = torch.arange(batch + 1, device=x.device) * length
+    else:
+        offsets = cu_seqlens.to(device=x.device, dtype=torch.long)
+    tail = torch.arange(width - 1, device=x.device)
+    tokens = offsets[1:, None] - (width - 1) + tail  # [S, W - 1]
+    before = tokens < offsets[:-1, None]
+    clamped = tokens.clamp_min(0)
+    last = x[clamped // length, clamped % length]  # [S, W - 1, D]
+    if initial_state is None:
+        return last.masked_fill(before.unsqueeze(2), 0).transpose(1, 2)
+    places = (tokens - offsets[:-1, None] + width - 1).clamp(0, max(width - 2, 0))
+    first = initial_state.to(x.dtype).gather(2, places.unsqueeze(1).expand(-1, channels, -1))
+    return torch.where(before.unsqueeze(1), first, last.transpose(1, 2))
 
 
-def _conv_torch(x, weight, bias, activation, initial_state, output_final_state, cu_seqlens):
+def _conv_torch(x, weight, bias, activation, initial_state, cu_seqlens) -> Tensor:
     width = weight.shape[1]
-    padded, last_rows, token_rows = _with_past(x, width, initial_state, cu_seqlens)
+    padded, token_rows = _with_past(x, width, initial_state, cu_seqlens)
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     inputs, weight = padded.to(dtype), weight.to(dtype)
     places = padded.shape[1] - width + 1
@@ -70,23 +82,20 @@ def _conv_torch(x, weight, bias, activation, initial_state, output_final_state, 
         y = y[:, token_rows - (width - 1)]
     if bias is not None:
         y = y + bias.to(dtype)
-    y = (F.silu(y) if activation == "silu" else y).to(x.dtype)
-    if not output_final_state:
-        return y, None
-    return y, padded[:, last_rows].reshape(-1, width - 1, x.shape[2]).transpose(1, 2)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
-def _with_past(x, width, initial_state, cu_seqlens) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inputs with W - 1 past rows before every sequence; rows of the last W - 1 inputs; rows of tokens."""
+def _with_past(x, width, initial_state, cu_seqlens) -> tuple[Tensor, Tensor | None]:
+    """Inputs with W - 1 past rows in front of every sequence, and the rows of the tokens (None: all others)."""
     batch, length, channels = x.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is None:
         past = x.new_zeros(sequences, width - 1, channels)
     else:
         past = initial_state.to(x.dtype).transpose(1, 2)
-    tail = torch.arange(width - 1, device=x.device)
     if cu_seqlens is None:
-        return torch.cat([past, x], dim=1), tail + length, None
+        return torch.cat([past, x], dim=1), None
+    tail = torch.arange(width - 1, device=x.device)
     ends = cu_seqlens.to(device=x.device, dtype=torch.long)
     order = torch.arange(sequences, device=x.device) * (width - 1)
     sequence = torch.searchsorted(
@@ -96,8 +105,13 @@ def _with_past(x, width, initial_state, cu_seqlens) -> tuple[Tensor, Tensor, Ten
     past_rows = (ends[:-1] + order)[:, None] + tail
     rows = x.new_zeros(length + sequences * (width - 1), channels)
     rows = rows.index_copy(0, token_rows, x[0]).index_copy(0, past_rows.flatten(), past.flatten(0, 1))
-    last_rows = (ends[1:] + order)[:, None] + tail
-    return rows.unsqueeze(0), last_rows.flatten(), token_rows
+    return rows.unsqueeze(0), token_rows
+
+
+def _conv_triton(x, weight, bias, activation, initial_state, cu_seqlens) -> Tensor:
+    from .conv_triton import conv_triton
+
+    return conv_triton(x, weight, bias, activation, initial_state, cu_seqlens)
 
 
 def _conv_mamba(x, weight, bias, activation, initial_state, cu_seqlens) -> Tensor:
@@ -117,11 +131,15 @@ def _offered(x, weight, initial_state, cu_seqlens) -> tuple[str, ...]:
     """Implementations that take these inputs, best first."""
     if x.dtype == torch.float64 or x.device.type != "cuda":
         return ("torch",)
+    offered = ("triton", "torch") if weight.shape[1] in (2, 3, 4) else ("torch",)
+    # the package has no initial state for each of several packed sequences
     aligned = x.stride(2) == 1 and x.stride(1) % 8 == 0 and x.shape[2] % 8 == 0
     packed_state = cu_seqlens is not None and initial_state is not None
-    if aligned and weight.shape[1] in (2, 3, 4) and not packed_state:
-        return ("mamba_ssm", "torch")
-    return ("torch",)
+    return (
+        (offered[0], "mamba_ssm", "torch")
+        if "triton" in offered and aligned and not packed_state
+        else offered
+    )
 
 
 def _check(x, weight, bias, activation, initial_state, cu_seqlens) -> None:

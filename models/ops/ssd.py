@@ -7,7 +7,7 @@ Per head, with decay a_t = exp(dt_t A) in (0, 1]:
 
 `ssd` works on chunks: inside a chunk as masked attention, between chunks through one state per chunk. Every
 decay is the exponential of a sum of log decays over a stretch of tokens, so no exponent is above 0 however
-strong it is. `ssd_recurrent` is the definition, token by token: the oracle of the tests, and the decoder step.
+strong it is. `ssd_recurrent` is the definition, token by token: the tests' oracle and the decoder's step.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ def ssd(
         D: skip weights `[H]`.
         initial_state: `[S, H, P, N]`, S = B, or the number of sequences when `cu_seqlens` is given.
         cu_seqlens: offsets `[S + 1]` of sequences packed in one row (B == 1): no state crosses an offset.
-        chunk_size: tokens a chunk; the result depends on it only by rounding.
+        chunk_size: tokens a chunk (the Triton kernels choose theirs); it changes results only by rounding.
         backend: see `models/ops/backend.py`; None follows STATEX_BACKEND.
 
     Returns:
@@ -61,7 +61,7 @@ def ssd(
     if x.shape[1] == 1 and cu_seqlens is None and backend is None:
         return ssd_recurrent(x, dt, A, B, C, **options)
     chosen = resolve("ssd", x.device, _offered(x, B, initial_state, output_final_state, cu_seqlens), backend)
-    run = {"torch": _ssd_torch, "mamba_ssm": _ssd_mamba}[chosen]
+    run = {"torch": _ssd_torch, "mamba_ssm": _ssd_mamba, "triton": _ssd_triton}[chosen]
     return run(x, dt, A, B, C, **options, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
 
 
@@ -281,7 +281,19 @@ def _offered(x, B, initial_state, output_final_state, cu_seqlens) -> tuple[str, 
     _allow_mamba_ssm_without_selective_scan()
     # packed sequences: mamba_ssm has one state a row, and no gradient for the states of each sequence
     packed_states = cu_seqlens is not None and (initial_state is not None or output_final_state)
-    return ("torch",) if packed_states else ("mamba_ssm", "torch")
+    own = x.shape[3] in (16, 32, 64, 128) and B.shape[3] in (16, 32, 64, 128, 256, 512)
+    return (("triton",) if own else ()) + (() if packed_states else ("mamba_ssm",)) + ("torch",)
+
+
+def _ssd_triton(x, dt, A, B, C, *, D, initial_state, output_final_state, cu_seqlens, chunk_size):
+    from .ssd_triton import ssd_triton
+
+    options = {
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    return ssd_triton(x, dt, A, B, C, D=D, **options)
 
 
 def _ssd_mamba(x, dt, A, B, C, *, D, initial_state, output_final_state, cu_seqlens, chunk_size):

@@ -71,7 +71,9 @@ class Shape:
         self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
         self.state_dtype = x.dtype
         self.sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-        self.start, self.lengths, self.first = chunk_table(batch, self.length, self.chunk, cu_seqlens, x.device)
+        self.start, self.lengths, self.first = chunk_table(
+            batch, self.length, self.chunk, cu_seqlens, x.device
+        )
         self.chunks = self.start.numel()
 
     def tiles(self, kernel: str) -> dict:
@@ -87,7 +89,13 @@ class Shape:
 
     def sizes(self, *names: str) -> dict:
         """The constants a kernel is compiled for."""
-        values = {"H": self.heads, "G": self.groups, "P": self.head_dim, "N": self.state_size, "Q": self.chunk}
+        values = {
+            "H": self.heads,
+            "G": self.groups,
+            "P": self.head_dim,
+            "N": self.state_size,
+            "Q": self.chunk,
+        }
         return {name: values[name] for name in names}
 
 
@@ -116,7 +124,9 @@ def chunk_table(
 
 def ssd_triton(x, dt, A, B, C, *, D, initial_state, output_final_state, cu_seqlens):
     """`ssd` of `models/ops/ssd.py` on these kernels."""
-    y, final = _SSD.apply(x, dt, A, B.to(x.dtype), C.to(x.dtype), D, initial_state, output_final_state, cu_seqlens)
+    y, final = _SSD.apply(
+        x, dt, A, B.to(x.dtype), C.to(x.dtype), D, initial_state, output_final_state, cu_seqlens
+    )
     return y, final if output_final_state else None
 
 
@@ -169,7 +179,15 @@ def running_decays(shape: Shape, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]
     steps = torch.empty_like(cumulative)
     heads = min(8, triton.next_power_of_2(shape.heads))
     cumulative_kernel[(triton.cdiv(shape.heads, heads), shape.chunks)](
-        dt, A, shape.start, shape.lengths, cumulative, steps, dt.stride(1), **shape.sizes("H", "Q"), HEADS=heads
+        dt,
+        A,
+        shape.start,
+        shape.lengths,
+        cumulative,
+        steps,
+        dt.stride(1),
+        **shape.sizes("H", "Q"),
+        HEADS=heads,
     )
     return cumulative, steps
 
@@ -189,7 +207,12 @@ def chunk_scores(shape: Shape, B: Tensor, C: Tensor) -> Tensor:
 def chunk_states(shape: Shape, values: Tensor, keys: Tensor, decays, *, forward: bool) -> Tensor:
     """What every chunk adds to the state (x and B), or asks of it in the backward (dy and C): `[chunks, H, P, N]`."""
     states = torch.empty(
-        shape.chunks, shape.heads, shape.head_dim, shape.state_size, dtype=shape.state_dtype, device=keys.device
+        shape.chunks,
+        shape.heads,
+        shape.head_dim,
+        shape.state_size,
+        dtype=shape.state_dtype,
+        device=keys.device,
     )
     tiles = shape.tiles("states")
     grid = (shape.state_size // tiles["BLOCK_N"], shape.heads // tiles["HEADS"], shape.chunks)
@@ -200,7 +223,9 @@ def chunk_states(shape: Shape, values: Tensor, keys: Tensor, decays, *, forward:
     return states
 
 
-def pass_states(shape: Shape, states: Tensor, decays, initial_state: Tensor | None, final: bool) -> Tensor | None:
+def pass_states(
+    shape: Shape, states: Tensor, decays, initial_state: Tensor | None, final: bool
+) -> Tensor | None:
     """Makes `states` the states in front of the chunks; the final states `[S, H, P, N]` if asked for."""
     last = None
     if final:
@@ -241,14 +266,20 @@ def score_gradients(shape: Shape, x: Tensor, dy: Tensor, scores: Tensor, decays,
     tiles = shape.tiles("score_gradients")
     count = shape.chunk // tiles["ROWS"]
     dscores = torch.empty_like(scores)
-    row_sums = torch.empty(shape.chunks, shape.heads, count, shape.chunk, dtype=torch.float32, device=x.device)
+    row_sums = torch.empty(
+        shape.chunks, shape.heads, count, shape.chunk, dtype=torch.float32, device=x.device
+    )
     column_sums = torch.empty_like(row_sums)
-    dD = torch.zeros(shape.chunks, shape.heads, count, dtype=torch.float32, device=x.device) if has_D else None
-    score_gradients_kernel[(count**2, shape.groups, shape.chunks)](
-        x, dy, scores, shape.start, shape.lengths, *decays, dscores, row_sums, column_sums, dD,
-        x.stride(1), dy.stride(1), **shape.sizes("H", "G", "P", "Q"), **tiles, HAS_D=has_D,
-        PRECISION=shape.precision,
-    )  # fmt: skip
+    dD = (
+        torch.zeros(shape.chunks, shape.heads, count, dtype=torch.float32, device=x.device) if has_D else None
+    )
+    for diagonal, programs in ((True, count), (False, count**2)):
+        if diagonal or count > 1:
+            score_gradients_kernel[(programs, shape.groups, shape.chunks)](
+                x, dy, scores, shape.start, shape.lengths, *decays, dscores, row_sums, column_sums, dD,
+                x.stride(1), dy.stride(1), **shape.sizes("H", "G", "P", "Q"), **tiles, DIAGONAL=diagonal,
+                HAS_D=has_D, PRECISION=shape.precision,
+            )  # fmt: skip
     return dscores, row_sums, column_sums, dD.sum((0, 2)) if has_D else None
 
 
@@ -257,7 +288,9 @@ def key_gradients(shape: Shape, values, keys, others, states, dscores, decays, *
     tiles = shape.tiles("key_gradients")
     blocks = shape.state_size // tiles["BLOCK_N"]
     out = torch.empty_like(keys, memory_format=torch.contiguous_format)
-    sums = torch.empty(blocks, shape.chunks, shape.heads, shape.chunk, dtype=torch.float32, device=keys.device)
+    sums = torch.empty(
+        blocks, shape.chunks, shape.heads, shape.chunk, dtype=torch.float32, device=keys.device
+    )
     key_gradients_kernel[(shape.chunk // tiles["ROWS"], blocks, shape.chunks * shape.groups)](
         values, keys, others, states, dscores, shape.start, shape.lengths, *decays, out, sums,
         values.stride(1), keys.stride(1), others.stride(1),

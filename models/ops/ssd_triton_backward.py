@@ -56,27 +56,32 @@ def pass_gradients_kernel(
 def score_gradients_kernel(
     x_ptr, dy_ptr, scores_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr,
     dscores_ptr, row_sums_ptr, column_sums_ptr, dD_ptr, x_stride, dy_stride,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, HAS_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
+    DIAGONAL: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the scores, summed over the heads of a group, in tiles that touch j <= i.
 
     With pair_ij = (dy_i . x_j) decay(j, i] of one head: dscores_ij = sum over heads of pair_ij dt_j;
     row_sums[c, h, tile of j, i] = sum_j pair_ij scores_ij dt_j; column_sums[c, h, tile of i, j] = sum_i pair_ij scores_ij.
-    Grid: ((Q / ROWS)^2, G, chunks).
+    Grid: (Q / ROWS, G, chunks) for the tiles on the diagonal, ((Q / ROWS)^2, G, chunks) for the others.
     """
     tiles: tl.constexpr = Q // ROWS
     chunk, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    tile_i, tile_j = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if DIAGONAL:
+        tile_i = tl.program_id(0)
+        tile_j = tile_i
+    else:
+        tile_i, tile_j = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+        if tile_j >= tile_i:
+            return
     start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)
-    if tile_j > tile_i or length == 0:
+    if length == 0:
         return
     i, j = tile_i * ROWS + tl.arange(0, ROWS), tile_j * ROWS + tl.arange(0, ROWS)
-    diagonal = tile_i == tile_j
     tile = (chunk * G + group) * (Q * Q) + i[:, None] * Q + j[None, :]
     scores = tl.load(scores_ptr + tile).to(tl.float32)
     causal = i[:, None] >= j[None, :]
-    if diagonal:
+    if DIAGONAL:
         scores = tl.where(causal, scores, 0.0)
     channels = tl.arange(0, P)
     dscores = tl.zeros([ROWS, ROWS], tl.float32)
@@ -89,7 +94,7 @@ def score_gradients_kernel(
         pair = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
         cumulative_i, cumulative_j = tl.load(cumulative_ptr + base + i), tl.load(cumulative_ptr + base + j)
         steps = tl.load(steps_ptr + base + j)
-        if diagonal:
+        if DIAGONAL:
             if HAS_D:
                 at = (chunk * H + head) * tiles + tile_i
                 tl.store(dD_ptr + at, tl.sum(tl.where(i[:, None] == j[None, :], pair, 0.0)))
@@ -127,7 +132,11 @@ def key_gradients_kernel(
     rows, channels = first_row + tl.arange(0, ROWS), tl.arange(0, P)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < length)[:, None]
-    keys = tl.load(keys_ptr + (start + rows)[:, None] * keys_stride + group * N + columns[None, :], mask=inside, other=0.0)
+    keys = tl.load(
+        keys_ptr + (start + rows)[:, None] * keys_stride + group * N + columns[None, :],
+        mask=inside,
+        other=0.0,
+    )
     keys = keys.to(tl.float32)
     values_at = values_ptr + (start + rows)[:, None] * values_stride + channels[None, :]
     chunks = tl.num_programs(2) // G
@@ -160,7 +169,9 @@ def key_gradients_kernel(
         else:
             causal = token[None, :] >= rows[:, None]
             weights = tl.load(dscores_at + token[None, :] * Q + rows[:, None], mask=causal, other=0.0)
-        others = tl.load(others_at + token[:, None] * others_stride, mask=(token < length)[:, None], other=0.0)
+        others = tl.load(
+            others_at + token[:, None] * others_stride, mask=(token < length)[:, None], other=0.0
+        )
         total = tl.dot(weights.to(others.dtype), others, total, input_precision=PRECISION)
     at = out_ptr + ((start + rows)[:, None] * G + group) * N + columns[None, :]
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside)

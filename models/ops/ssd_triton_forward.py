@@ -26,7 +26,9 @@ def cumulative_kernel(
     inside = (places < length)[:, None] & (heads < H)[None, :]
     token = start + places
     dt = tl.load(dt_ptr + token[:, None] * dt_stride + heads[None, :], mask=inside, other=0.0)
-    rate = tl.load(A_ptr + heads, mask=heads < H, other=0.0) * 1.4426950408889634  # decays become powers of two
+    rate = (
+        tl.load(A_ptr + heads, mask=heads < H, other=0.0) * 1.4426950408889634
+    )  # decays become powers of two
     at = chunk * (H * Q) + heads[None, :] * Q + places[:, None]
     known = (heads < H)[None, :] & (places >= 0)[:, None]
     tl.store(cumulative_ptr + at, tl.cumsum(dt * rate[None, :], axis=0), mask=known)
@@ -206,7 +208,9 @@ def outputs_kernel(
         else:
             factor = tl.exp2(other - edge)
         weights = _weights(scores_at, rows, token, Q, FORWARD) * factor[None, :]
-        values = tl.load(values_at + token[:, None] * values_stride, mask=(token < length)[:, None], other=0.0)
+        values = tl.load(
+            values_at + token[:, None] * values_stride, mask=(token < length)[:, None], other=0.0
+        )
         total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
     total *= row_factor[:, None]
 
@@ -221,7 +225,9 @@ def outputs_kernel(
             decay = tl.exp2(other[None, :] - cumulative[:, None])
         # the other side of the diagonal may hold anything, infinities too: chosen away, not multiplied away
         weights = tl.where(causal, _weights(scores_at, rows, token, Q, FORWARD) * decay, 0.0)
-        values = tl.load(values_at + token[:, None] * values_stride, mask=(token < length)[:, None], other=0.0)
+        values = tl.load(
+            values_at + token[:, None] * values_stride, mask=(token < length)[:, None], other=0.0
+        )
         total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
 
     if not FORWARD:
