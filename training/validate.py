@@ -49,15 +49,16 @@ def _check_gpus(config: RunConfig) -> None:
     present = torch.cuda.device_count()
     if present == 0:
         raise ConfigError(
-            f"launch={config.launch}: no GPU is visible. Either run on a machine with GPUs (is"
-            " CUDA_VISIBLE_DEVICES empty? does nvidia-smi list them?), or run the same path with a tiny model on"
-            " the CPU: scale=tiny with the scripts, launch=cpu with train.py"
+            f"launch={config.launch}: no GPU is visible. Either run on a machine with GPUs (does nvidia-smi"
+            " list them? is CUDA_VISIBLE_DEVICES empty?), or run the same path with a tiny model on the CPU:"
+            " scale=tiny with the scripts, launch=cpu with train.py"
         )
     # n_gpus counts the GPUs of all machines; scripts and launchers say how many of them are on this one
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or config.n_gpus or 0)
     if here > present:
         raise ConfigError(
-            f"n_gpus={config.n_gpus}: {here} of them on this machine, where {present} are visible"
+            f"n_gpus={config.n_gpus}: that is {here} on this machine, and {present} are visible; with fewer,"
+            " tokens_per_step is kept by accumulating more"
         )
 
 
