@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import build_model, load_pretrained, read_config
-from models.config import LanguageModelConfig
-from tests.models.tiny_models import tiny, tiny_config, tokens
+from tests.models.tiny_models import tiny, tiny_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gla-tiny-a"
 FAMILIES = ("gla", "mamba2")
@@ -248,32 +247,3 @@ def test_an_override_that_is_no_field_is_refused():
 def test_changing_a_shape_rebuilds_the_layers():
     config = read_config(tiny_config("gla"), num_heads=4, num_hidden_layers=2)
     assert [config.layer_shape(i).num_heads for i in range(2)] == [4, 4]
-
-
-def test_a_new_family_is_one_registration(monkeypatch):
-    from models import families
-    from models.gla import GLAForCausalLM
-
-    class OtherConfig(LanguageModelConfig):
-        model_type = "other"
-        shape_class = tiny_config("gla").shape_class
-        norm_eps: float = 1e-6
-        clamp_min: float | None = None
-        intermediate_size: int = 64
-
-        def uniform_shape(self):
-            return self.shape_class(1, 8, 8, query_scale=1.0)
-
-    class OtherForCausalLM(GLAForCausalLM):
-        config_class = OtherConfig
-
-        def initialize_module(self, module, draw):
-            for parameter in module.parameters(recurse=False):
-                parameter.copy_(draw.normal(parameter.shape, 0.1, parameter))
-
-    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-    other = families.Family("other", OtherConfig, OtherForCausalLM, (), dict, lambda n, t, c: {n: t}, None)
-    families.register_family(other)
-    model = build_model({"model_type": "other", "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 61})
-    assert families.family_of(model) is other
-    assert model(tokens()).logits.shape == (2, 19, 61)
