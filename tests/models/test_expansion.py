@@ -81,7 +81,7 @@ def test_wishes_that_do_not_fit_are_refused_and_change_nothing(family, wishes, m
 def test_a_model_of_another_library_is_refused():
     with torch.device("meta"):
         theirs = Mamba2ForCausalLM(Mamba2Config(num_hidden_layers=1))
-    with pytest.raises(ValueError, match="Mamba2Config of another library.*load_pretrained"):
+    with pytest.raises(ValueError, match=r"Mamba2Config of another library.*load_pretrained"):
         expand_state(theirs, drop_prop=1)
 
 
@@ -161,6 +161,16 @@ def test_a_seed_means_the_same_bits_in_every_dtype(family, mode):
     assert draws_nothing == all(torch.equal(first[name], other[name]) for name in first)
     for name, tensor in expanded(3, torch.bfloat16).items():
         assert torch.equal(tensor, first[name].to(tensor.dtype)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "mode"), ALL_MODES)
+def test_a_seed_means_the_same_bits_on_a_gpu(family, mode):
+    here, there = tiny(family), tiny(family).to("cuda")
+    for model in (here, there):
+        expand_state(model, drop_prop=2, drop_mode=mode, seed=3)
+    assert all(parameter.is_cuda for parameter in there.parameters())
+    assert all(torch.equal(tensor.cpu(), snapshot(here)[name]) for name, tensor in snapshot(there).items())
 
 
 @pytest.mark.parametrize(("family", "mode"), ALL_MODES)
