@@ -45,8 +45,8 @@ def gla(
         output_final_state: return the state after the last token too.
         cu_seqlens: integer [N + 1], boundaries of N sequences laid end to end in a batch of one; None: N = B.
         backend: torch | triton | fla; None chooses by device, shape and STATEX_BACKEND.
-        keep: where a kernel could recompute its intermediate results in the backward pass, keep them: for layers
-            that are themselves recomputed just before their backward pass.
+        keep: where a kernel could recompute its intermediate results in the backward pass, keep them: for
+            layers that are themselves recomputed just before their backward pass.
 
     Returns:
         o [B, T, H, V] in v's dtype and the final state [N, H, K, V] in at least float32 (None unasked).
@@ -79,9 +79,9 @@ def gla_gated(
     backend: str | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`gla` from the gate's logits [B, T, H, K]: g = logsigmoid(gate) / gate_logit_normalizer, at least clamp_min.
+    """`gla` from the gate's logits [B, T, H, K]: g = logsigmoid(gate) / gate_logit_normalizer, >= clamp_min.
 
-    The kernels of this repository do this on the way in, so that g never exists in memory. The rest is as in `gla`.
+    The kernels of this repository do this on the way in, so that g never exists in memory. The rest is `gla`.
     """
     _check_shapes(q, k, v, gate, initial_state, cu_seqlens)
     if resolve("gla", q.device, _offered(q, v), backend) == "triton":
@@ -125,7 +125,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-# ---------------------------------------------------------------------------------------------- step by step
+# --------------------------------------------------------------------------------------------- step by step
 
 
 def _recurrent(
@@ -155,7 +155,7 @@ def _steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tens
     return torch.stack(outputs, dim=1) if outputs else v, state
 
 
-# ------------------------------------------------------------------------------------------------- in chunks
+# ------------------------------------------------------------------------------------------------ in chunks
 
 
 def _chunked(
@@ -243,7 +243,7 @@ class _ChunkLayout:
         return torch.stack(before, dim=2), torch.cat(after)
 
 
-# --------------------------------------------------------------------------------------------------- kernels
+# -------------------------------------------------------------------------------------------------- kernels
 
 
 def _triton(
@@ -277,7 +277,7 @@ def _offered(q: Tensor, v: Tensor) -> tuple[str, ...]:
     return ("fla", "triton", "torch") if whole else ("fla", "torch")
 
 
-# ---------------------------------------------------------------------------------------------------- shapes
+# --------------------------------------------------------------------------------------------------- shapes
 
 
 def _first_state(q, k, v, g, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

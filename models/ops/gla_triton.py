@@ -1,23 +1,22 @@
 """Chunked gated linear attention with this repository's Triton kernels: one autograd function around them.
 
-What differs from chunks of 64 tokens everywhere (arXiv 2312.06635): states are stored once per 128 or 256 tokens
-and recomputed in the backward pass, so that a state of K = 1024 by V = 2048 costs about 1 GB at 65,536 tokens
+What differs from chunks of 64 tokens everywhere (arXiv 2312.06635): states are stored once per 128 or 256
+tokens and recomputed in the backward pass, so that a state of K = 1024 by V = 2048 costs about 1 GB at 65,536 tokens
 instead of several; decays are multiplied into the operands once, which leaves plain matrix products for
 everything of size K x V.
 """
 
 import weakref
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from .kernel_configs import kernel_config
-
 from .gla_triton_intra import intra_backward_kernel, prepare_kernel, scores_kernel
 from .gla_triton_state import dscores_kernel, grad_kernel, march_kernel, mix_kernel
+from .kernel_configs import kernel_config
 
 FEW_PROGRAMS = 96  # fewer tiles than this leave a third of an H100's 132 multiprocessors idle
 
@@ -58,7 +57,7 @@ class Options:
     keep: bool
 
 
-# ----------------------------------------------------------------------------------------- chunks of sequences
+# -------------------------------------------------------------------------------------- chunks of sequences
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class ChunkLayout:
 
 
 def chunk_layout(B: int, T: int, cu_seqlens: Tensor | None, size: int, device: torch.device) -> ChunkLayout:
-    """The layout of a batch, remembered: building it copies to the device, and reads cu_seqlens from there."""
+    """The layout of a batch, remembered: building it copies to the device and reads cu_seqlens."""
     if cu_seqlens is None:
         return _dense_layout(B, T, size, device)
     for reference, version, known, layout in _recent:
@@ -103,7 +102,7 @@ def _build_layout(bounds: list[int], size: int, device: torch.device) -> ChunkLa
     )
 
 
-# ---------------------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------------------------------- settings
 
 
 def settings_for(q: Tensor, v: Tensor) -> dict[str, dict]:
@@ -112,7 +111,7 @@ def settings_for(q: Tensor, v: Tensor) -> dict[str, dict]:
     return _settings(B * H, H, K, v.shape[-1], v.element_size(), q.device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _settings(heads: int, H: int, K: int, V: int, bytes_each: int, device: torch.device) -> dict[str, dict]:
     wide = bytes_each == 4
     default = _default_wide(K, V) if wide else _default(heads, K, V)
@@ -166,7 +165,7 @@ def _default_wide(K: int, V: int) -> dict[str, dict]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- launches
+# ------------------------------------------------------------------------------------------------- launches
 
 
 class Launcher:

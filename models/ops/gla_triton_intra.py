@@ -1,9 +1,9 @@
 """Triton kernels of chunked GLA within a chunk: decays, scores, and the last step of the backward pass.
 
-Log decays are kept in base 2 and summed from the start of blocks of 64 tokens: b_i = log2(e) (g_1 + ... + g_i).
-Between two blocks keys decay to the end of theirs and queries from the start of theirs, so no exponent is above
-0. Within a block exponents are taken around its middle row as long as the block decays by less than 2^-100; a
-stronger one is halved six times, later half against earlier half (`gla.decayed_scores` is the torch twin).
+Log decays are kept in base 2 and summed from the start of blocks of 64 tokens: b_i = log2(e) (g_1 + .. + g_i).
+Between two blocks keys decay to the end of theirs and queries from the start of theirs, so no exponent is
+above 0. Within a block exponents are taken around its middle row as long as the block decays by no more than
+2^-100; a stronger one is halved six times, later half against earlier half (torch twin: `gla.decayed_scores`).
 """
 
 try:
@@ -18,12 +18,11 @@ MILD = tl.constexpr(
     -100.0
 )  # log2 of the decay over a block up to which its inverse is used; float32 ends at 127
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _log_decay(x, inside, normalizer, clamp_min, GATED: tl.constexpr, CLAMP: tl.constexpr):
-    """Base-2 log decay of each token from the natural one, or from the gate's logits; 0 outside the sequence."""
+    """Base-2 log decay of each token from the natural one, or from the gate's logits; 0 outside."""
     if GATED:
         x = (tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))) / normalizer
         if CLAMP:
@@ -37,7 +36,7 @@ def prepare_kernel(
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
-    """queries = scale q decayed from the chunk's start, keys = k decayed to its end, b; totals of the chunks."""
+    """queries = scale q decayed from the chunk's start, keys = k decayed to its end; b, and totals."""
     i_c, i_h = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(chunks_ptr + 2 * i_c), tl.load(chunks_ptr + 2 * i_c + 1)
     length = tl.minimum(C, end - start)
@@ -75,9 +74,9 @@ def prepare_kernel(
 
 @triton.jit
 def _around(b, b_at, row, length, bit, stride: tl.constexpr):
-    """Exponents (of queries, of keys) of one halving: later and earlier half against the boundary between them.
+    """Decays (of queries, of keys) of one halving: later and earlier half to the boundary between them.
 
-    Halves are 2 ** bit rows; rows of the other half get -inf. `b_at` points at the block's first row.
+    Halves are 2 ** bit rows; rows of the other half get 0. `b_at` points at the block's first row.
     """
     edge = tl.minimum(((row >> (bit + 1)) << (bit + 1)) + (1 << bit) - 1, length - 1)
     gap = b - tl.load(b_at + edge[:, None] * stride)
@@ -98,7 +97,7 @@ def scores_kernel(
     q_ptr, k_ptr, b_ptr, scores_ptr, chunks_ptr, scale,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scores [T, H, C] = scale q_i k_j exp(decay from j to i) within each chunk, zero for keys behind the query."""
+    """scores [T, H, C] = scale q_i k_j decay(j to i) within each chunk, zero for keys behind the query."""
     blocks: tl.constexpr = C // BLOCK
     i_n = tl.program_id(0)
     i_c, i_m, i_h = tl.program_id(1) // blocks, tl.program_id(1) % blocks, tl.program_id(2)
@@ -156,7 +155,8 @@ def scores_kernel(
 
 @triton.jit
 def _through_block(
-    ds, other, b, b_at, row, length, dtype, OF_KEYS: tl.constexpr, stride: tl.constexpr, PRECISION: tl.constexpr
+    ds, other, b, b_at, row, length, dtype,
+    OF_KEYS: tl.constexpr, stride: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block's queries (or keys) through its own decayed scores, the diagonal left out."""
     ds = tl.where(row[:, None] > row[None, :], ds, 0.0)
@@ -209,9 +209,9 @@ def intra_backward_kernel(
 ):  # fmt: skip
     """dq, dk and dg [T, H, K] of one chunk: the parts from within, joined with those through the states.
 
-    A gate at token t touches whatever crosses it, so its gradient is a running sum (arXiv 2312.06635, appendix):
-    dg_t = sum over s >= t of (q_s dq_s - k_s dk_s), plus all that leaves the chunk: the sums of k dk through the
-    state behind it, and of the state in front times its gradient. A token with itself has no decay: left out.
+    A gate at token t touches whatever crosses it, so its gradient is a running sum (arXiv 2312.06635, C):
+    dg_t = sum over s >= t of (q_s dq_s - k_s dk_s), plus all that leaves the chunk: the sums of k dk through
+    the state behind it, and of the state in front times its gradient. A token with itself has no decay.
     """
     i_c, i_h = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(chunks_ptr + 2 * i_c), tl.load(chunks_ptr + 2 * i_c + 1)

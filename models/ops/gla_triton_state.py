@@ -1,15 +1,15 @@
 """Triton kernels of chunked GLA that touch the state [K, V]: all of them are plain tiled matrix products.
 
-The decays are already inside their operands (`gla_triton_intra.prepare_kernel`): queries decayed from the start
-of their chunk, keys to its end. So the forward and the backward pass are the same three kernels:
+The decays are already inside their operands (`gla_triton_intra.prepare_kernel`): queries decayed from the
+start of their chunk, keys to its end. So the forward and the backward pass are the same three kernels:
 
     march   h_{c+1} = exp(G_c) h_c + keys_c^T v_c          dh_{c-1} = exp(G_c) dh_c + queries_c^T do_c
     mix     o_c     = queries_c h_c + A_c v_c              dv_c     = keys_c dh_c + A_c^T do_c
     grad                                                   dqueries_c = do_c h_c^T, dkeys_c = v_c dh_c^T
 
 with G_c a chunk's total log decay and A_c the scores within the chunk. A chunk is C tokens of one sequence;
-`chunks_ptr` holds (first token, end of its sequence) of each. States are stored once a chunk, in the operands'
-precision.
+`chunks_ptr` holds (first token, end of its sequence) of each. States are stored once a chunk, in the
+operands' precision.
 """
 
 try:
@@ -28,7 +28,7 @@ def march_kernel(
 ):  # fmt: skip
     """Walk one sequence with a [BK, BV] tile of the state in registers; write it in front of each chunk.
 
-    x [T, H, K], y [T, H, V], total [chunks, H, K] (log2), states [chunks, H, K, V], first and last [N, H, K, V].
+    x [T, H, K], y [T, H, V], total [chunks, H, K], states [chunks, H, K, V], first and last [N, H, K, V].
     """
     i_n, i_h = tl.program_id(2) // H, tl.program_id(2) % H
     column_k = tl.program_id(1) * BK + tl.arange(0, BK)
@@ -76,7 +76,7 @@ def mix_kernel(
     BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = x state + scores y within each chunk (TRANSPOSED: scores^T y): what comes from before and from within.
+    """out = x state + scores y (TRANSPOSED: scores^T y): what comes from before the chunk and from within.
 
     x [T, H, K], states [chunks, H, K, V], scores [T, H, C], y and out [T, H, V].
     """
@@ -128,7 +128,7 @@ def grad_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dqueries = do state^T and dkeys = v dstate^T [T, H, K], and sum over V of state * dstate [chunks, H, K]."""
+    """dqueries = do state^T, dkeys = v dstate^T [T, H, K], sum over V of state * dstate [chunks, H, K]."""
     tiles: tl.constexpr = C // BM
     i_c, i_m, i_h = tl.program_id(1) // tiles, tl.program_id(1) % tiles, tl.program_id(2)
     start, end = tl.load(chunks_ptr + 2 * i_c), tl.load(chunks_ptr + 2 * i_c + 1)

@@ -1,0 +1,192 @@
+"""Gated linear attention on a GPU in one go: errors against float64, then times, then the fastest settings.
+
+    python -m benchmarks.gpu_check_gla [seconds=240] [out=FOLDER] [sections=errors,times,tune]
+
+Prints a table of relative errors by norm (this repository's kernels and fla's, forward and every gradient),
+the times at 65,536 tokens and what the candidates of tune_kernels take; a section that fails is printed and
+the others go on. The best settings are written below out/ in the layout of configs/kernels.
+"""
+
+import importlib
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import tune_kernels
+from benchmarks.operators_gla import SHAPES, measure_kernels, measure_operator
+from models.ops.gla import gla, gla_recurrent
+
+LENGTHS = (1, 63, 64, 65, 1000, 8192)
+NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dstate")
+# relative error by norm: bf16 rounds to 2^-9; fla's float32 uses tf32 products
+TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float32: 3e-3}
+GROUPS = [  # implementation, H, K, V, dtype, lengths
+    ("triton", 2, 256, 512, torch.bfloat16, LENGTHS),
+    ("triton", 1, 1024, 2048, torch.bfloat16, LENGTHS),
+    ("triton", 2, 256, 512, torch.float32, LENGTHS),
+    ("triton", 1, 1024, 2048, torch.float32, LENGTHS),
+    ("fla", 2, 256, 512, torch.bfloat16, (65, 1000, 8192)),
+    ("fla", 1, 1024, 2048, torch.bfloat16, (65, 1000, 8192)),
+]
+
+
+def draw_inputs(T: int, H: int, K: int, V: int, N: int, dtype: torch.dtype, gate: float) -> list[Tensor]:
+    """q, k, v, g, initial state; gate scales log-sigmoid draws (1/16: as GLA does)."""
+    draw = torch.Generator("cuda").manual_seed(T + K)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, device="cuda")
+
+    q, k, v = (normal(1, T, H, width).to(dtype) for width in (K, K, V))
+    g = torch.nn.functional.logsigmoid(normal(1, T, H, K)) * gate
+    return [q, k, v, g, normal(N, H, K, V)]
+
+
+def run_with_gradients(
+    operator: Callable, inputs: list[Tensor], cu_seqlens: Tensor | None
+) -> dict[str, Tensor]:
+    """Output, final state and every gradient under one fixed random cotangent."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    q, k, v, g, state = inputs
+    options = {"scale": q.shape[-1] ** -0.5, "initial_state": state, "output_final_state": True}
+    o, last = operator(q, k, v, g, cu_seqlens=cu_seqlens, **options)
+    draw = torch.Generator("cuda").manual_seed(7)
+    do = torch.randn(o.shape, generator=draw, device="cuda").to(torch.bfloat16).to(o.dtype)
+    dlast = torch.randn(last.shape, generator=draw, device="cuda").to(last.dtype)
+    gradients = torch.autograd.grad([o, last], inputs, [do, dlast])
+    return dict(zip(NAMES, (o.detach(), last.detach(), *gradients)))
+
+
+def check_case(implementation: str, H: int, K: int, V: int, dtype: torch.dtype, T: int, mode: str) -> str:
+    """One row of the table; mode is plain, strong (gates of -50 here and there) or packed (cu_seqlens)."""
+    bounds = [0, T // 3, T // 3 + 1, T] if mode == "packed" else None
+    cu_seqlens = torch.tensor(bounds, device="cuda") if bounds else None
+    inputs = draw_inputs(T, H, K, V, len(bounds) - 1 if bounds else 1, dtype, 1 / 16)
+    if mode == "strong":
+        inputs[3] = torch.where(torch.rand_like(inputs[3]) < 0.1, -50.0, inputs[3])
+    reference = gla_recurrent if T <= 65 else gla
+    options = {} if T <= 65 else {"backend": "torch"}
+    want = run_with_gradients(
+        lambda *a, **o: reference(*a, **o, **options), [x.double() for x in inputs], cu_seqlens
+    )
+
+    def fast(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **options) -> tuple[Tensor, Tensor]:
+        if implementation == "triton":
+            from models.ops.gla_triton import gla_triton
+
+            return gla_triton(q, k, v, g, **options)
+        return importlib.import_module("fla.ops.gla").chunk_gla(q, k, v, g, **options)
+
+    got = run_with_gradients(fast, inputs, cu_seqlens)
+    errors = {n: ((got[n].double() - want[n]).norm() / want[n].norm().clamp_min(1e-30)).item() for n in NAMES}
+    passed = all(error <= TOLERANCE[dtype] for error in errors.values())  # a NaN does not pass
+    cells = " ".join(f"{errors[n]:9.1e}" for n in NAMES)
+    kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return (
+        f"{implementation:<7} {H}x{K}x{V:<5} {kind} T={T:<5} {mode:<7} {cells}  {'ok' if passed else 'FAIL'}"
+    )
+
+
+def check_group(
+    implementation: str, H: int, K: int, V: int, dtype: torch.dtype, lengths: tuple[int, ...]
+) -> list[str]:
+    """All rows of one implementation at one shape; runs in a process of its own."""
+    with suppress(ImportError):
+        import fast_autotune  # noqa: F401  where present, narrows fla's autotuning for a short check
+    cases = [(T, "plain") for T in lengths] + [(1000, "strong"), (1000, "packed")]
+    rows = []
+    for T, mode in cases:
+        begin = time.time()
+        try:
+            row = check_case(implementation, H, K, V, dtype, T, mode)
+        except Exception as error:
+            what = f"FAIL {type(error).__name__}: {str(error)[:300]}"
+            row = f"{implementation} {H}x{K}x{V} {dtype} T={T} {mode}: {what}"
+        rows.append(f"{row}  {time.time() - begin:.0f} s")
+        torch.cuda.empty_cache()
+    return rows
+
+
+def section(title: str, body: Callable[[], None]) -> None:
+    """Run one part; print what went wrong instead of stopping the others."""
+    print(f"\n=== {title}", flush=True)
+    begin = time.time()
+    try:
+        body()
+    except Exception:
+        print(f"SECTION FAILED: {traceback.format_exc(limit=6)}")
+    print(f"--- {title}: {time.time() - begin:.0f} s", flush=True)
+
+
+def print_errors(jobs: list[Future]) -> None:
+    print(f"relative error by norm against float64        {'':>8}" + " ".join(f"{n:>9}" for n in NAMES))
+    for job in jobs:
+        try:
+            print("\n".join(job.result(timeout=280)), flush=True)
+        except Exception as error:
+            print(f"GROUP FAILED: {type(error).__name__} {str(error)[:300]}")
+
+
+def print_times(keep: bool = True) -> None:
+    with suppress(ImportError):
+        import fast_autotune  # noqa: F401
+    for title, shape in SHAPES.items():
+        print(f"H, K, V = {shape} ({title}), 65,536 tokens, bf16")
+        cases = [("triton", False), ("triton", True)] if keep else [("triton", False)]
+        for backend, kept in [*cases, ("fla", False)]:
+            try:
+                print(
+                    "\n".join(str(row) for row in measure_operator(backend, 65536, *shape, keep=kept)),
+                    flush=True,
+                )
+            except Exception as error:
+                print(f"{backend}: FAIL {type(error).__name__}: {str(error)[:300]}")
+            torch.cuda.empty_cache()
+        for row in measure_kernels(65536, *shape):
+            print(row)
+
+
+def tune(bases: dict, out: Path, deadline: float) -> None:
+    found = {}
+    for shape, base in bases.items():
+        print(f"H, K, V = {shape}, chunks of {base['chunk']['size']}")
+        best = tune_kernels.tune_shape(shape, 65536, base, deadline)
+        found[tune_kernels.shape_key(shape)] = best
+        total = sum(row.milliseconds for row in measure_kernels(65536, *shape, best))
+        print(f"all kernels once, with the best of each: {total:.2f} ms", flush=True)
+    print("wrote", tune_kernels.write(found, out))
+
+
+def main(arguments: list[str]) -> None:
+    given = dict(argument.split("=", 1) for argument in arguments)
+    begin, seconds = time.time(), float(given.get("seconds", 240))
+    out = Path(given.get("out", os.environ.get("OUT", "output")))
+    sections = given.get("sections", "errors,times,tune").split(",")
+    triton_version = importlib.import_module("triton").__version__
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton_version}")
+    bases = {shape: tune_kernels.base_settings(shape) for shape in SHAPES.values()}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=context) as pool:
+        errors = [pool.submit(check_group, *group) for group in GROUPS] if "errors" in sections else []
+        work = tune_kernels.all_candidates(bases) if "tune" in sections else []
+        compiled = [pool.submit(tune_kernels.compile_one, *one) for one in work]
+        section("errors", lambda: print_errors(errors))
+        section("compiling", lambda: print("\n".join(filter(None, (job.result() for job in compiled)))))
+    if "times" in sections:
+        section("times", print_times)
+    if "tune" in sections:
+        section("tune", lambda: tune(bases, out, begin + seconds))
+    print(f"total {time.time() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

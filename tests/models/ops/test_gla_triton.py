@@ -1,0 +1,78 @@
+"""GLA's Triton kernels through Triton's interpreter, in float32: against the chunked torch path in float64.
+
+What only a GPU shows (bf16 operands, compiled code, full sizes) is in test_gla_gpu.py.
+"""
+
+import pytest
+import torch
+
+from models.ops.gla import gla, gla_gated
+
+from .test_gla import assert_close, make_inputs, run
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+
+def run_kernels(inputs, *, chunk=128, **options):
+    """The kernels at a chosen chunk size, on float32 copies of the inputs."""
+    from models.ops import gla_triton
+
+    settings = gla_triton._default_wide(inputs[0].shape[-1], inputs[2].shape[-1])
+    settings["chunk"]["size"] = chunk
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(gla_triton, "settings_for", lambda q, v: settings)
+        return run(gla_triton.gla_triton, [x.detach().float().requires_grad_() for x in inputs], **options)
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(1, 64), (65, 64), (70, 128), (300, 256)])
+def test_kernels_equal_the_torch_path(length, chunk):
+    inputs = make_inputs(2, length, 1, 16, 32, gate=0.1)
+    assert_close(run_kernels(inputs, chunk=chunk), run(gla, inputs), 2e-6)
+
+
+def test_kernels_halve_blocks_under_strong_gates():
+    inputs = make_inputs(1, 150, 1, 16, 16, gate=50.0)
+    assert_close(run_kernels(inputs), run(gla, inputs), 1e-4)
+
+
+def test_kernels_stay_finite_and_exact_at_minus_fifty_a_token():
+    inputs = make_inputs(1, 130, 1, 16, 16)
+    inputs[3] = torch.full_like(inputs[3], -50.0).requires_grad_()
+    got, want = run_kernels(inputs), run(gla, inputs)
+    assert got.pop("dg").abs().max() < 1e-6  # its true size is exp(-50)
+    want.pop("dg")
+    assert_close(got, want, 2e-6)
+
+
+def test_kernels_keep_sequences_apart():
+    bounds = [0, 5, 134, 134, 200]
+    q, k, v, g, _ = make_inputs(1, bounds[-1], 2, 16, 16, gate=0.1)
+    state = torch.randn(len(bounds) - 1, 2, 16, 16, dtype=torch.float64, requires_grad=True)
+    inputs, cu_seqlens = [q, k, v, g, state], torch.tensor(bounds)
+    got = run_kernels(inputs, chunk=64, cu_seqlens=cu_seqlens)
+    assert_close(got, run(gla, inputs, cu_seqlens=cu_seqlens), 2e-6)
+
+
+@pytest.mark.parametrize("clamp_min", [None, -0.05])
+def test_kernels_read_gate_logits_and_keep_what_they_made(clamp_min):
+    q, k, v, gate, state = make_inputs(1, 100, 1, 16, 16)
+    inputs = [q, k, v, (3 * gate + 2).detach().requires_grad_(), state]
+
+    def torch_path(q, k, v, gate, **options):
+        return gla_gated(q, k, v, gate, gate_logit_normalizer=16.0, clamp_min=clamp_min, **options)
+
+    assert_close(run_kernels(inputs, gate=(16.0, clamp_min), keep=True), run(torch_path, inputs), 2e-6)
+
+
+def test_kernels_run_without_states():
+    q, k, v, g, _ = make_inputs(1, 70, 1, 16, 16, dtype=torch.float32)
+    from models.ops.gla_triton import gla_triton
+
+    o, last = gla_triton(q, k, v, g, scale=0.25)
+    assert last is None
+    torch.testing.assert_close(o, gla(q, k, v, g, scale=0.25)[0], rtol=1e-4, atol=1e-4)
+    got = torch.autograd.grad(o.square().sum(), [q, k, v, g])
+    want = torch.autograd.grad(gla(q, k, v, g, scale=0.25)[0].square().sum(), [q, k, v, g])
+    for mine, theirs in zip(got, want):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
