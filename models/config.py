@@ -57,6 +57,11 @@ class LanguageModelConfig(PreTrainedConfig):
         except TypeError:
             raise ValueError(f"layers[{index}] has the keys {sorted(entry)}; expected {known}") from None
 
+    def expanded_layers(self) -> list[int]:
+        """Layers whose shape is not the one that the published fields describe."""
+        uniform = self.uniform_shape()
+        return [index for index in range(self.num_hidden_layers) if self.layer_shape(index) != uniform]
+
     def uniform_shape(self) -> Any:
         """The shape of every layer before any expansion, from the published fields."""
         raise NotImplementedError

@@ -44,9 +44,9 @@ def read_config(
     unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(family.config_class)})
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no field of {family.config_class.__name__}")
-    if set(overrides) - {"vocab_size"}:
-        fields.pop("layers", None)
     fields.pop("model_type", None)
+    if overrides and not family.config_class(**fields).expanded_layers():
+        fields.pop("layers", None)  # they follow from the fields, and so from the new ones
     return family.config_class(**fields | overrides)
 
 
@@ -54,7 +54,7 @@ def build_model(
     config: str | os.PathLike | dict | LanguageModelConfig,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     seed: int = 0,
     **overrides: Any,
 ) -> LanguageModel:
@@ -66,9 +66,7 @@ def build_model(
         overrides: config fields to set.
     """
     config = read_config(config, **overrides)
-    model = _empty_model(config)
-    if dtype != torch.float32:
-        model = model.to(dtype)
+    model = _empty_model(config).to(_dtype(dtype))
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         model.initialize(seed)
@@ -91,9 +89,8 @@ def load_pretrained(
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{path} is no folder; download the checkpoint first and name the folder it is in")
-    config = read_config(folder)
+    dtype, config = _dtype(dtype), read_config(folder)
     family, model = family_of(config), _empty_model(config)
-    dtype = _dtype(dtype)
     _fill(model, _our_tensors(folder, family, config), dtype, torch.device(device or "cpu"), folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -114,9 +114,7 @@ def save_published(model: Any, folder: str | os.PathLike) -> None:
     from .families import family_of
 
     config = model.config
-    uniform = config.uniform_shape()
-    changed = [i for i in range(config.num_hidden_layers) if config.layer_shape(i) != uniform]
-    if changed:
+    if changed := config.expanded_layers():
         raise ValueError(
             f"layers {changed} are expanded, which the published layout cannot say; use save_pretrained"
         )

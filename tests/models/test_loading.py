@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import build_model, load_pretrained, read_config
+from models import build_model, expand_state, load_pretrained, read_config
 from tests.models.tiny_models import tiny, tiny_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gla-tiny-a"
@@ -247,3 +247,9 @@ def test_an_override_that_is_no_field_is_refused():
 def test_changing_a_shape_rebuilds_the_layers():
     config = read_config(tiny_config("gla"), num_heads=4, num_hidden_layers=2)
     assert [config.layer_shape(i).num_heads for i in range(2)] == [4, 4]
+
+
+def test_an_override_leaves_an_expanded_layer_expanded():
+    model = tiny("gla")
+    expand_state(model, layers=[2], drop_mode="extend")
+    assert read_config(model.config, vocab_size=70).expanded_layers() == [2]
