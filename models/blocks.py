@@ -1,11 +1,13 @@
 """Parts that several families build their blocks from. The arithmetic is in models/ops."""
 
+import functools
 from collections.abc import Callable
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from .ops.linear import swiglu_mlp
+from .ops.linear import recomputation_contexts, swiglu_mlp
 from .ops.norm import rms_norm
 
 HALF = (torch.bfloat16, torch.float16)
@@ -63,6 +65,15 @@ class GatedMLP(nn.Module):
         """
         weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         return swiglu_mlp(x, norm.weight, norm.eps, *weights, recompute=recompute)
+
+
+def recomputed(part: Callable) -> Callable:
+    """`part`, keeping its inputs alone and running again in the backward pass where gradients are wanted."""
+    if not torch.is_grad_enabled():
+        return part
+    # nothing in a block is random, so there is no generator state to replay
+    options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": recomputation_contexts}
+    return functools.partial(torch.utils.checkpoint.checkpoint, part, **options)
 
 
 def assign(parameter: nn.Parameter, value: Tensor) -> None:

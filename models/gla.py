@@ -153,6 +153,7 @@ class GLAMixer(nn.Module):
             residual=x,
             norm_before_gate=True,
             groups=H,
+            ends_recomputation=True,
         )
         return x, {"recurrent_state": final} if output_state else None
 

@@ -4,7 +4,6 @@ A family brings a config, a block and the names of its parameters (gla.py is the
 depends on what its token mixer computes.
 """
 
-import functools
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,12 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .blocks import HALF, RMSNorm, at_least_fp32
+from .blocks import HALF, RMSNorm, at_least_fp32, recomputed
 from .cache import LayerState, Packing, RecurrentCache
 from .config import LanguageModelConfig
 from .draw import Draw
@@ -40,11 +38,7 @@ class Block(nn.Module):
 
     def unless_kept(self, part: Callable, *levels: str) -> Callable:
         """`part`; at one of `levels` it keeps its inputs alone and runs again in the backward pass."""
-        if self.recompute not in levels or not torch.is_grad_enabled():
-            return part
-        # nothing in a block is random, so there is no generator state to replay
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return functools.partial(torch.utils.checkpoint.checkpoint, part, **options)
+        return recomputed(part) if self.recompute in levels else part
 
     @property
     def token_mixer(self) -> nn.Module:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import KeepFp32, RMSNorm, assign, at_least_fp32
+from .blocks import KeepFp32, RMSNorm, assign, at_least_fp32, recomputed
 from .cache import LayerState
 from .config import LanguageModelConfig
 from .draw import Draw
@@ -120,18 +120,32 @@ class Mamba2Mixer(KeepFp32):
         state: LayerState | None = None,
         output_state: bool = False,
         cu_seqlens: Tensor | None = None,
+        recompute_scan: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
         """Residual stream [B, T, D] -> the stream with the mixer's output added, and the carried state.
 
         State: `recurrent_state` [S, H, P, N], and `conv_state` [S, conv_dim, W - 1], the convolution's last
-        inputs.
+        inputs. With `recompute_scan` all that follows W_in runs again in the backward pass.
         """
-        carried = {
-            "output_final_state": output_state,
-            "cu_seqlens": cu_seqlens,
-        }
-        zxbcdt, u = norm_linear(u, norm.weight, norm.eps, [self.in_proj.weight], [self.in_proj.bias])
-        z, xBC, dt = zxbcdt.split([self.inner, self.conv_dim, self.num_heads], dim=-1)
+        # three products, not one: their outputs and gradients are then whole tensors, never copied into one
+        rows = [self.inner, self.conv_dim, self.num_heads]
+        biases = None if self.in_proj.bias is None else self.in_proj.bias.split(rows)
+        z, xBC, dt, u = norm_linear(u, norm.weight, norm.eps, self.in_proj.weight.split(rows), biases)
+        scan = recomputed(self.scan) if recompute_scan else self.scan
+        return scan(z, xBC, dt, u, state, output_state, cu_seqlens)
+
+    def scan(
+        self,
+        z: Tensor,
+        xBC: Tensor,
+        dt: Tensor,
+        u: Tensor,
+        state: LayerState | None,
+        output_state: bool,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, LayerState | None]:
+        """From the projections of u to the stream behind the mixer."""
+        carried = {"output_final_state": output_state, "cu_seqlens": cu_seqlens}
         xBC, conv_state = causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
@@ -166,6 +180,7 @@ class Mamba2Mixer(KeepFp32):
             residual=u,
             norm_before_gate=False,
             groups=self.n_groups,
+            ends_recomputation=True,
         )
         return u, {"recurrent_state": final, "conv_state": conv_state} if output_state else None
 
@@ -192,6 +207,8 @@ class Mamba2Mixer(KeepFp32):
 
 
 class Mamba2Block(Block):
+    recompute_levels = ("none", "scan", "full")
+
     def __init__(self, config: Mamba2Config, layer_idx: int) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -204,7 +221,8 @@ class Mamba2Block(Block):
         output_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
-        return self.unless_kept(self.mixer, "full")(x, self.norm, state, output_state, cu_seqlens)
+        mixer = self.unless_kept(self.mixer, "full")
+        return mixer(x, self.norm, state, output_state, cu_seqlens, self.recompute == "scan")
 
     @property
     def token_mixer(self) -> Mamba2Mixer:

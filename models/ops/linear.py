@@ -17,7 +17,9 @@ autocast products run in the autocast dtype, and the gradients of fp32 weights c
 fp32.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,22 @@ from torch.utils.checkpoint import checkpoint
 from .activation import swiglu
 from .backend import resolve
 from .norm import gated_rms_norm, rms_norm
+
+_pass = threading.local()
+
+
+@contextmanager
+def _recomputing() -> Iterator[None]:
+    _pass.recomputing = True
+    try:
+        yield
+    finally:
+        _pass.recomputing = False
+
+
+def recomputation_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """`context_fn` of a checkpoint: tells `gated_norm_linear` when it runs only to be differentiated."""
+    return nullcontext(), _recomputing()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -78,6 +96,7 @@ def gated_norm_linear(
     residual: Tensor | None = None,
     norm_before_gate: bool,
     groups: int = 1,
+    ends_recomputation: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Output projection of a gated, normed input, added to the residual stream.
@@ -88,6 +107,9 @@ def gated_norm_linear(
         weight: `[D_out, G * D]`; bias: `[D_out]` or None.
         residual: `[..., D_out]`; the sum is in its dtype.
         norm_before_gate, groups, backend: see `gated_rms_norm`.
+        ends_recomputation: the caller promises that a checkpointed region ends here, so that a second run of
+        it in the
+            backward pass needs the inputs of the product, but not the product.
 
     Returns:
         `[..., D_out]`.
@@ -96,9 +118,9 @@ def gated_norm_linear(
     if _fused("gated_norm_linear", x, backend):
         from .linear_triton import FusedGatedNormLinear
 
-        return FusedGatedNormLinear.apply(
-            x, gate, norm_weight, eps, norm_before_gate, groups, compute_dtype(x), weight, bias, residual
-        )
+        options = eps, norm_before_gate, groups, compute_dtype(x)
+        skip = ends_recomputation and getattr(_pass, "recomputing", False)
+        return FusedGatedNormLinear.apply(x, gate, norm_weight, *options, weight, bias, residual, skip)
     hidden = gated_rms_norm(x, gate, norm_weight, eps, **order, backend="torch").to(compute_dtype(x))
     return _add(F.linear(hidden, _like(weight, hidden), _like(bias, hidden)), residual)
 

@@ -49,16 +49,16 @@ class FusedNormLinear(torch.autograd.Function):
     def forward(ctx, x, norm_weight, eps, dtype, count, *weights_and_biases):
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
         with torch.autocast(x.device.type, enabled=False):
-            hidden, rows, rstd = norm_forward(x, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
+            hidden, rows, _ = norm_forward(x, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
             outputs = [_product(hidden, w, b, None) for w, b in zip(weights, biases, strict=True)]
-        ctx.save_for_backward(rows, norm_weight, rstd, *weights_and_biases)
+        ctx.save_for_backward(rows, norm_weight, *weights_and_biases)
         ctx.options = eps, dtype, count, x.shape
         ctx.set_materialize_grads(False)
         return *(y.view(*x.shape[:-1], -1) for y in outputs), x
 
     @staticmethod
     def backward(ctx, *gradients):
-        rows, norm_weight, rstd, *weights_and_biases = ctx.saved_tensors
+        rows, norm_weight, *weights_and_biases = ctx.saved_tensors
         eps, dtype, count, shape = ctx.options
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
         *dys, dx_through = gradients
@@ -67,7 +67,7 @@ class FusedNormLinear(torch.autograd.Function):
         if not used:
             return dx_through, None, *empty
         dys = {i: rows_of(dys[i].to(dtype)) for i in used}
-        hidden, _, _ = norm_forward(rows, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
+        hidden, _, rstd = norm_forward(rows, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
         dweights = [_weight_gradient(dys[i], hidden, w) if i in dys else None for i, w in enumerate(weights)]
         dbiases = [_bias_gradient(dys[i], b) if i in dys else None for i, b in enumerate(biases)]
         del hidden
@@ -77,41 +77,37 @@ class FusedNormLinear(torch.autograd.Function):
 
 
 class FusedGatedNormLinear(torch.autograd.Function):
-    """See `gated_norm_linear`."""
+    """See `gated_norm_linear`. With `skip` the output holds nothing: only what is saved is wanted."""
 
     @staticmethod
-    def forward(ctx, x, gate, norm_weight, eps, norm_before_gate, groups, dtype, weight, bias, residual):
+    def forward(
+        ctx, x, gate, norm_weight, eps, norm_before_gate, groups, dtype, weight, bias, residual, skip
+    ):
+        rows, order = rows_of(x), (norm_before_gate, groups)
+        out_dtype = dtype if residual is None else residual.dtype
+        ctx.save_for_backward(rows, gate, norm_weight, weight, bias)
+        ctx.options = eps, order, dtype, x.shape, None if residual is None else residual.dtype
+        if skip:
+            return x.new_empty(*x.shape[:-1], len(weight), dtype=out_dtype)
         with torch.autocast(x.device.type, enabled=False):
-            hidden, rows, rstd = norm_forward(
-                x, norm_weight, eps, None, gate, norm_before_gate, groups, out_dtype=dtype
-            )
+            hidden, _, _ = norm_forward(rows, norm_weight, eps, None, gate, *order, out_dtype=dtype)
             y = _product(hidden, weight, bias, None if residual is None else rows_of(residual))
-        ctx.save_for_backward(rows, gate, norm_weight, rstd, weight, bias)
-        ctx.options = (
-            eps,
-            norm_before_gate,
-            groups,
-            dtype,
-            x.shape,
-            None if residual is None else residual.dtype,
-        )
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
-        rows, gate, norm_weight, rstd, weight, bias = ctx.saved_tensors
-        eps, norm_before_gate, groups, dtype, shape, residual_dtype = ctx.options
+        rows, gate, norm_weight, weight, bias = ctx.saved_tensors
+        eps, order, dtype, shape, residual_dtype = ctx.options
         dresidual = None if residual_dtype is None else dy
         dy = rows_of(dy.to(dtype))
-        order = norm_before_gate, groups
-        hidden, _, _ = norm_forward(rows, norm_weight, eps, None, gate, *order, out_dtype=dtype)
+        hidden, _, rstd = norm_forward(rows, norm_weight, eps, None, gate, *order, out_dtype=dtype)
         dweight, dbias = _weight_gradient(dy, hidden, weight), _bias_gradient(dy, bias)
         del hidden
         dhidden = _input_gradient([dy], [weight])
         dx, dgate, dnorm = norm_backward(dhidden, None, rows, gate, norm_weight, rstd, *order, rows.dtype)
         dnorm = dnorm.view(norm_weight.shape).to(norm_weight.dtype)
         gradients = dx.view(shape), dgate.view(gate.shape), dnorm
-        return *gradients, None, None, None, None, dweight, dbias, dresidual
+        return *gradients, None, None, None, None, dweight, dbias, dresidual, None
 
 
 class FusedSwiGLUMLP(torch.autograd.Function):
@@ -120,22 +116,22 @@ class FusedSwiGLUMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, eps, dtype, recompute, gate_weight, up_weight, down_weight):
         with torch.autocast(x.device.type, enabled=False):
-            hidden, rows, rstd = norm_forward(x, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
+            hidden, rows, _ = norm_forward(x, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
             gate, up = _product(hidden, gate_weight, None, None), _product(hidden, up_weight, None, None)
             del hidden
             y = _product(swiglu_forward(gate, up), down_weight, None, rows)
         kept = () if recompute else (gate, up)
-        ctx.save_for_backward(rows, norm_weight, rstd, gate_weight, up_weight, down_weight, *kept)
+        ctx.save_for_backward(rows, norm_weight, gate_weight, up_weight, down_weight, *kept)
         ctx.options = eps, dtype, x.shape
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy):
-        rows, norm_weight, rstd, gate_weight, up_weight, down_weight, *kept = ctx.saved_tensors
+        rows, norm_weight, gate_weight, up_weight, down_weight, *kept = ctx.saved_tensors
         eps, dtype, shape = ctx.options
         stream_gradient = rows_of(dy)
         dy = stream_gradient.to(dtype)
-        hidden, _, _ = norm_forward(rows, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
+        hidden, _, rstd = norm_forward(rows, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
         gate, up = kept or (
             _product(hidden, gate_weight, None, None),
             _product(hidden, up_weight, None, None),

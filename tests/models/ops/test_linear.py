@@ -80,7 +80,7 @@ def test_norm_linear_takes_gradients_through_some_outputs_only(fused, request):
 def test_gated_norm_linear_adds_the_residual(fused, norm_before_gate, request):
     def function(x, gate, norm, w, b, residual):
         if fused:
-            fields = x, gate, norm, 1e-6, norm_before_gate, 2, torch.float32, w, b, residual
+            fields = x, gate, norm, 1e-6, norm_before_gate, 2, torch.float32, w, b, residual, False
             return (kernels("FusedGatedNormLinear")(*fields),)
         order = {"norm_before_gate": norm_before_gate, "groups": 2}
         return (gated_norm_linear(x, gate, norm, 1e-6, w, b, residual=residual, **order),)
@@ -111,6 +111,30 @@ def test_swiglu_mlp_is_the_feed_forward_half_of_a_block(fused, recompute, reques
         request.getfixturevalue("interpreter")
     weights = [draw(40, 24, seed=3), draw(40, 24, seed=5), draw(24, 40, seed=6)]
     assert_same_function(function, reference, [X, NORM, *weights], 1e-5)
+
+
+def test_a_region_that_ends_in_a_product_runs_again_without_it(interpreter, monkeypatch):
+    """Gradients are those of the plain run, though the second run leaves the product out."""
+    from models.blocks import recomputed
+    from models.ops import linear, linear_triton
+
+    monkeypatch.setattr(linear, "_fused", lambda *_: True)
+    products = []
+    product = linear_triton._product
+    monkeypatch.setattr(linear_triton, "_product", lambda *fields: products.append(1) or product(*fields))
+    inputs = [X, draw(2, 9, 24, seed=5), NORM, W1, draw(2, 9, 16, seed=7)]
+
+    def region(x, gate, norm, w, residual):
+        options = {"norm_before_gate": True, "ends_recomputation": True}
+        return gated_norm_linear(torch.tanh(x), gate, norm, 1e-6, w, residual=residual, **options)
+
+    gradients = []
+    for run in (region, recomputed(region)):
+        leaves = [t.detach().float().requires_grad_() for t in inputs]
+        gradients.append(torch.autograd.grad(run(*leaves).square().sum(), leaves))
+    for got, expected in zip(*gradients):
+        torch.testing.assert_close(got, expected)
+    assert len(products) == 2
 
 
 def test_products_run_in_the_autocast_dtype_around_an_fp32_stream():
