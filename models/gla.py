@@ -17,16 +17,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import GatedMLP, RMSNorm, assign, at_least_fp32
+from .blocks import GatedMLP, RMSNorm, assign
 from .cache import LayerState
 from .config import LanguageModelConfig
 from .draw import Draw
 from .families import Family, register_family
 from .language_model import Block, LanguageModel
-from .ops.gla import gla
+from .ops.gla import gla_gated
 from .ops.linear import gated_norm_linear, norm_linear
 
 GATE_LOGIT_NORMALIZER = 16
@@ -131,14 +130,13 @@ class GLAMixer(nn.Module):
         if self.shape.state_map > 1:
             maps = (self.q_map, self.k_map, self.gk_map)
             q, k, logits = (torch.einsum("bthk,hkj->bthj", t, m) for t, m in zip((q, k, logits), maps))
-        g = F.logsigmoid(at_least_fp32(logits)) / GATE_LOGIT_NORMALIZER  # [B, T, H, K]
-        if self.clamp_min is not None:
-            g = g.clamp(min=self.clamp_min)
-        o, final = gla(
+        o, final = gla_gated(
             q,
             k,
             v,
-            g,
+            logits,
+            gate_logit_normalizer=GATE_LOGIT_NORMALIZER,
+            clamp_min=self.clamp_min,
             scale=self.shape.query_scale,
             initial_state=None if state is None else state["recurrent_state"],
             output_final_state=output_state,
