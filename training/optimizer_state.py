@@ -19,16 +19,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _SHARD_BYTES = 4 * 2**30  # bounds the host memory that writing needs
 
 
-def save_optimizer_state(distribution: Distribution, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
+def save_optimizer_state(
+    distribution: Distribution, folder: Path, updates: int, shard_bytes: int = _SHARD_BYTES
+) -> None:
     """Write `optimizer-00000.safetensors`, ...: `{parameter}.exp_avg`, `{parameter}.exp_avg_sq`.
 
-    Collective: every rank must call it; rank 0 writes. A failure to write is raised only after every
+    `updates` is the number of updates that AdamW has made; before the first there is nothing to save. Collective:
+    every rank must call it; rank 0 writes. A failure to write is raised only after every
     parameter was gathered, so that no other rank waits for ever.
     """
     shard: dict[str, torch.Tensor] = {}
     failure: Exception | None = None
     number = 0
-    for key, value in _moments(distribution):
+    for key, value in _moments(distribution) if updates else ():
         if not distribution.is_main or failure:
             continue
         shard[key] = value.detach().to("cpu", copy=True)
@@ -41,17 +44,17 @@ def save_optimizer_state(distribution: Distribution, folder: Path, shard_bytes: 
         raise failure
 
 
-def load_optimizer_state(distribution: Distribution, folder: Path, adam_step: int) -> None:
-    """Put saved moments back; `adam_step` is the number of updates that AdamW has made.
+def load_optimizer_state(distribution: Distribution, folder: Path, updates: int) -> None:
+    """Put saved moments back; `updates` is the number of updates that AdamW has made.
 
     Raises:
         RunError: the checkpoint lacks the moments of a parameter that trains now.
     """
-    if adam_step == 0:
+    if updates == 0:
         return
     files = _index(folder)
     if distribution.uses_deepspeed:
-        _create_flat_state(distribution, adam_step)
+        _create_flat_state(distribution, updates)
     for name, parameter in _trainable(distribution):
         missing = [moment for moment in MOMENTS if f"{name}.{moment}" not in files]
         if missing:
@@ -60,7 +63,7 @@ def load_optimizer_state(distribution: Distribution, folder: Path, adam_step: in
                 " run from the checkpoint's weights with ckpt_path instead"
             )
         values = {moment: _read(files[f"{name}.{moment}"], f"{name}.{moment}") for moment in MOMENTS}
-        _set_moments(distribution, parameter, values, adam_step)
+        _set_moments(distribution, parameter, values, updates)
 
 
 def _trainable(distribution: Distribution) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -68,14 +71,16 @@ def _trainable(distribution: Distribution) -> Iterator[tuple[str, torch.nn.Param
 
 
 def _moments(distribution: Distribution) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole moments, one after another; none before the first update. Collective under ZeRO."""
     if distribution.uses_deepspeed:
-        from deepspeed.utils import safe_get_full_optimizer_state as whole
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        _link_moments(distribution)
     for name, parameter in _trainable(distribution):
         for moment in MOMENTS:
             if distribution.uses_deepspeed:
-                if distribution.engine.optimizer.optimizer.state:
-                    yield f"{name}.{moment}", whole(parameter, moment)
-            elif parameter in distribution.optimizer.state:
+                yield f"{name}.{moment}", safe_get_full_optimizer_state(parameter, moment)
+            else:
                 yield f"{name}.{moment}", distribution.optimizer.state[parameter][moment]
 
 
@@ -101,11 +106,11 @@ def _read(path: Path, key: str) -> torch.Tensor:
 
 
 def _set_moments(
-    distribution: Distribution, parameter: torch.nn.Parameter, values: dict[str, torch.Tensor], adam_step: int
+    distribution: Distribution, parameter: torch.nn.Parameter, values: dict[str, torch.Tensor], updates: int
 ) -> None:
     if not distribution.uses_deepspeed:
         state = {moment: value.to(parameter.device) for moment, value in values.items()}
-        distribution.optimizer.state[parameter] = {"step": _step_tensor(parameter, adam_step), **state}
+        distribution.optimizer.state[parameter] = {"step": _step_tensor(parameter, updates), **state}
         return
     for moment, value in values.items():
         if hasattr(parameter, "ds_id"):
@@ -126,18 +131,25 @@ def _set_stage3(
     share[: mine.numel()].copy_(mine)
 
 
-def _create_flat_state(distribution: Distribution, adam_step: int) -> None:
+def _create_flat_state(distribution: Distribution, updates: int) -> None:
     """AdamW's state of ZeRO's flat buffers, which DeepSpeed would create only at the first update."""
     zero = distribution.engine.optimizer
     stage3 = distribution.engine.zero_optimization_stage() == 3
     for flat in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
         moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-        zero.optimizer.state[flat] = {"step": _step_tensor(flat, adam_step), **moments}
-    if not stage3:
+        zero.optimizer.state[flat] = {"step": _step_tensor(flat, updates), **moments}
+    _link_moments(distribution)
+
+
+def _link_moments(distribution: Distribution) -> None:
+    # DeepSpeed links parameters to their moments after the first group's first update, before the second has any
+    zero = distribution.engine.optimizer
+    if distribution.engine.zero_optimization_stage() < 3:
+        zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _step_tensor(parameter: torch.Tensor, adam_step: int) -> torch.Tensor:
+def _step_tensor(parameter: torch.Tensor, updates: int) -> torch.Tensor:
     # fused AdamW counts on the device, the plain one on the host
     device = parameter.device if parameter.device.type == "cuda" else "cpu"
-    return torch.tensor(float(adam_step), dtype=torch.float32, device=device)
+    return torch.tensor(float(updates), dtype=torch.float32, device=device)

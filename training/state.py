@@ -68,7 +68,7 @@ def save_run(run: Run) -> Path:
     position = merge_states(run.distribution.gather_objects(run.loader.state_dict()))
     writers = [
         lambda folder: _write_model(run, folder),
-        lambda folder: save_optimizer_state(run.distribution, folder / "state"),
+        lambda folder: save_optimizer_state(run.distribution, folder / "state", run.progress.updates),
         lambda folder: _write_own(run, folder / "state"),
         lambda folder: _write_progress(run, folder, position),
     ]
