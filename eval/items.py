@@ -55,7 +55,7 @@ class Item:
         if self.budget is not None and self.size > self.budget:
             raise ValueError(
                 f"{self.task} {self.key}: {len(self.tokens)} prompt tokens and {self.max_new_tokens} new "
-                f"ones exceed the {self.budget} of this item, and prompts are never cut; ask for a greater length"
+                f"ones exceed its {self.budget}, and prompts are never cut; ask for a greater length"
             )
 
     def fingerprint(self, identity: str) -> str:

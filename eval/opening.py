@@ -52,7 +52,8 @@ def check_source(source: Source, settings: Settings) -> None:
     folder = Path(source.path)
     if not folder.is_dir():
         raise ValueError(
-            f"model={source.path} is no folder; a starting point: python huggingface/download.py --only gla-1.3B-100B"
+            f"model={source.path} is no folder; for a starting point: "
+            "python huggingface/download.py --only gla-1.3B-100B"
         )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model={source.path} is no model folder: it has no config.json")

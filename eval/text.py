@@ -9,8 +9,7 @@ import numpy as np
 
 from .items import encode
 
-# `random()` of a generator seeded with a text is what Python promises to keep; choice and shuffle are not
-words = str.split
+words = str.split  # each list below is drawn from by `pick`
 SUBJECTS = words("""
     farmer teacher painter sailor baker doctor singer miller gardener traveller shepherd clockmaker librarian
     carpenter fisherman weaver postman student neighbour captain potter jeweller tailor cook
@@ -48,6 +47,7 @@ TIMES = (
 
 
 def pick(options: Sequence[Any], draw: random.Random) -> Any:
+    # `random()` is what Python promises to keep for a seed; choice and shuffle are not
     return options[int(draw.random() * len(options))]
 
 

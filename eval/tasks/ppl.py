@@ -76,7 +76,7 @@ def check(settings: Settings) -> None:
 def lacks(task: str, settings: Settings) -> str | None:
     if settings.corpus is not None:
         return None
-    return "no corpus is named: corpus=DIR, a folder of jsonl files (python -m data.quickstart out=DIR makes one)"
+    return "no corpus is named: corpus=DIR with jsonl files (python -m data.quickstart out=DIR makes one)"
 
 
 register(Family(name="ppl", tasks=("ppl",), build=build, lacks=lacks, check=check))

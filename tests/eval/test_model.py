@@ -1,0 +1,156 @@
+"""Batches and pieces change nothing: the oracle is the same model read at once, one prompt at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eval.items import LOGLIKELIHOOD, LOSSES, PREDICT, Item, as_tokens
+from eval.model import EvalModel
+from models import load_pretrained
+
+from .conftest import text_item
+
+END = 256  # the end-of-text token of the byte tokenizer
+TEXTS = (
+    "short",
+    "a somewhat longer prompt of letters",
+    "the third prompt, which is the longest of all of them by far",
+)
+
+
+@pytest.fixture(params=["gla", "mamba2", "llama"])
+def model(request: pytest.FixtureRequest, tiny_folders: dict[str, Path], llama: Any) -> Any:
+    if request.param == "llama":
+        return llama
+    return load_pretrained(tiny_folders[request.param])
+
+
+def whole_logits(model: Any, tokens: np.ndarray) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.as_tensor(tokens, dtype=torch.int64)[None]).logits[0].float()
+
+
+def greedy(model: Any, tokens: np.ndarray, count: int) -> list[int]:
+    """Step by step from the whole text each time, without any cache, up to the end of the text."""
+    new: list[int] = []
+    for _ in range(count):
+        likeliest = int(whole_logits(model, np.append(tokens, new).astype(np.int64))[-1].argmax())
+        if likeliest == END:
+            break
+        new.append(likeliest)
+    return new
+
+
+def test_batched_left_padded_answers_equal_single_ones(model: Any, tokenizer: Any) -> None:
+    evaluated = EvalModel(model, tokenizer, piece=16)
+    items = [text_item(tokenizer, text, max_new_tokens=10) for text in TEXTS]
+    together = evaluated.answer(items)
+    alone = [evaluated.answer([item])[0] for item in items]
+    assert together == alone
+    assert together == [tokenizer.decode(greedy(model, item.tokens, 10)) for item in items]
+
+
+def test_likelihoods_equal_those_of_one_unpadded_pass(model: Any, tokenizer: Any) -> None:
+    items = [
+        text_item(tokenizer, text, kind=LOGLIKELIHOOD, continuation=n) for text, n in zip(TEXTS, (2, 7, 5))
+    ]
+    answers = EvalModel(model, tokenizer, piece=16).answer(items)
+    for item, (found, _) in zip(items, answers):
+        logs = F.log_softmax(whole_logits(model, item.tokens), -1)
+        first = len(item.tokens) - item.continuation
+        expected = sum(float(logs[t - 1, item.tokens[t]]) for t in range(first, len(item.tokens)))
+        # fp32 sums in another order
+        assert found == pytest.approx(expected, abs=2e-4)
+
+
+def test_predictions_and_losses_across_pieces(model: Any, tokenizer: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("eval.model.LOGIT_ELEMENTS", 3 * 257 * 16)  # pieces of 16 tokens
+    evaluated = EvalModel(model, tokenizer)
+    logits = [whole_logits(model, text_item(tokenizer, text).tokens) for text in TEXTS]
+    places = ((0, 3), (1, 20, 30), (0, 17, 50))
+    probes = [text_item(tokenizer, t, kind=PREDICT, positions=p) for t, p in zip(TEXTS, places)]
+    assert evaluated.answer(probes) == [
+        [int(scores[p].argmax()) for p in item.positions] for item, scores in zip(probes, logits)
+    ]
+    windows = [text_item(tokenizer, text, kind=LOSSES) for text in TEXTS]
+    for item, scores, buckets in zip(windows, logits, evaluated.answer(windows)):
+        targets = torch.as_tensor(item.tokens[1:], dtype=torch.int64)
+        assert sum(b[0] for b in buckets) == pytest.approx(
+            float(F.cross_entropy(scores[:-1], targets, reduction="sum")), rel=1e-5
+        )
+        assert sum(b[1] for b in buckets) == len(targets)
+
+
+def test_a_stop_text_and_a_limit_of_its_own_end_each_row(tiny_folders: Any, tokenizer: Any) -> None:
+    model = EvalModel(load_pretrained(tiny_folders["gla"]), tokenizer)
+    (text,) = model.answer([text_item(tokenizer, TEXTS[1], max_new_tokens=12)])
+    stop = text[4:6]
+    items = [
+        text_item(tokenizer, TEXTS[1], max_new_tokens=12, stop=(stop,)),
+        text_item(tokenizer, TEXTS[1], max_new_tokens=3),
+        text_item(tokenizer, TEXTS[1], max_new_tokens=12),
+    ]
+    answers = model.answer(items)
+    assert answers == [text[: text.index(stop)], answers[1], text]
+    assert text.startswith(answers[1][:1])
+    assert len(answers[1]) < len(text)
+
+
+def test_models_without_a_cache_of_their_own_are_read_whole(tokenizer: Any) -> None:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 8, "num_hidden_layers": 1}
+    ids = {"pad_token_id": 256, "eos_token_id": 256, "bos_token_id": 256}
+    model = Mamba2ForCausalLM(Mamba2Config(vocab_size=257, n_groups=1, chunk_size=16, **sizes, **ids))
+    evaluated = EvalModel(model, tokenizer)
+    assert not evaluated.carries
+    item = text_item(tokenizer, TEXTS[1], max_new_tokens=5)
+    assert evaluated.answer([item]) == [tokenizer.decode(greedy(model.eval(), item.tokens, 5))]
+
+
+def test_a_batch_beyond_the_memory_is_halved_then_read_in_smaller_pieces(
+    tiny_folders: Any, tokenizer: Any, monkeypatch: Any
+) -> None:
+    model = EvalModel(load_pretrained(tiny_folders["gla"]), tokenizer, piece=1024)
+    items = [text_item(tokenizer, text, max_new_tokens=4) for text in TEXTS]
+    expected = model.answer(items)
+    real, tried = model._generate, []
+
+    def small_memory(batch: list[Item]) -> list[str]:
+        tried.append((len(batch), model.piece))
+        if len(batch) > 1 or model.piece > 512:
+            raise torch.OutOfMemoryError("full")
+        return real(batch)
+
+    monkeypatch.setattr(model, "_generate", small_memory)
+    assert model.answer(items) == expected
+    assert (3, 1024) in tried
+    assert (1, 512) in tried
+    model.piece = 256
+    monkeypatch.setattr(
+        model, "_generate", lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+    )
+    with pytest.raises(MemoryError, match="do not fit the memory"):
+        model.answer(items)
+
+
+def test_a_prompt_longer_than_allowed_is_an_error(llama: Any, tiny_folders: Any, tokenizer: Any) -> None:
+    long = Item("t", "k", "generate", as_tokens([1] * 1020), max_new_tokens=5)
+    with pytest.raises(ValueError, match=r"needs 1025 tokens.*allows 1024.*never cut"):
+        EvalModel(llama, tokenizer).check(long)
+    model = load_pretrained(tiny_folders["gla"])
+    EvalModel(model, tokenizer).check(long)  # a linear RNN has no window
+    tokenizer.model_max_length, kept = 512, tokenizer.model_max_length
+    try:
+        with pytest.raises(ValueError, match="allow_long=true"):
+            EvalModel(model, tokenizer).check(long)
+        EvalModel(model, tokenizer, allow_long=True).check(long)
+    finally:
+        tokenizer.model_max_length = kept
+    with pytest.raises(ValueError, match="exceed its 100"):
+        Item("t", "k", "generate", as_tokens([1] * 99), max_new_tokens=2, budget=100).check()

@@ -1,0 +1,168 @@
+"""The command: bad input ends with status 2 before a model is loaded; an interrupted run goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.run import main
+from eval.scripted import Oracle
+
+FAST = ["plots=false", "limit=2", "lengths=512"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("tasks=paskey", "did you mean passkey"),
+        ("tasks=recal", "did you mean recall"),
+        ("taks=mqar", "did you mean tasks?"),
+        ("lengths=12", "below 64"),
+        ("lengths=4Q", "no whole number"),
+        ("depths=1.5", "between 0"),
+        ("limit=0", "at least 1"),
+        ("pairs=0", "below 1"),
+        ("seed=-1", "not be negative"),
+        ("model=nowhere", "is no folder"),
+        ("model=scripted:parrot", "oracle, silent, rambling"),
+        ("corpus=nowhere", "does not exist"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(argument: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    given = {"model": "model=scripted:oracle", "tasks": "tasks=mqar,ppl"}
+    given[argument.split("=")[0]] = argument
+    assert main([*given.values(), f"output={tmp_path / 'out'}"]) == 2
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith("error: ")
+    assert message in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path, tiny_folders: Any, capsys: Any) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_folders["gla"] / "config.json").read_bytes())
+    assert main([f"model={tmp_path}", "tasks=mqar", f"output={tmp_path / 'out'}"]) == 2
+    assert "has no weights" in capsys.readouterr().err
+
+
+def test_without_data_a_family_says_so_and_the_others_go_on(tmp_path: Path, capsys: Any) -> None:
+    common = ["model=scripted:oracle", f"output={tmp_path / 'out'}", f"data={tmp_path}", *FAST]
+    assert main([*common, "tasks=recall,passkey,ppl"]) == 0
+    told = capsys.readouterr().err
+    assert "based-fda: python huggingface/download.py --only eval" in told
+    assert "corpus=DIR" in told
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["models"][0]["tasks"]) == ["passkey"]
+    assert set(results["skipped"]) == {"swde", "fda", "squad", "triviaqa", "drop", "nq", "ppl"}
+    assert main([*common, "tasks=recall"]) == 2
+
+
+def test_rows_without_a_field_fail_their_task_alone(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "data" / "based-fda"
+    folder.mkdir(parents=True)
+    (folder / "validation.jsonl").write_text('{"text": "a", "key": "b"}\n')
+    command = ["model=scripted:oracle", f"data={tmp_path / 'data'}", f"output={tmp_path / 'out'}", *FAST]
+    assert main([*command, "tasks=fda,passkey"]) == 1
+    assert "row 0: no field value (it has text, key)" in capsys.readouterr().err
+    (model,) = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert model["tasks"]["passkey"]["score"] == 1.0
+    assert "no field value" in model["failed"]["fda"]
+    assert "no field value" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_an_interrupted_run_goes_on_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    command = ["model=scripted:oracle", "tasks=mqar", "limit=5", "plots=false", f"output={tmp_path}"]
+    asked: list[str] = []
+    answer = Oracle.answer
+
+    def stops(self: Oracle, items: Any) -> Any:
+        if len(asked) >= 8:
+            raise KeyboardInterrupt
+        asked.extend(item.key for item in items)
+        return answer(self, items)
+
+    monkeypatch.setattr(Oracle, "max_rows", 4)
+    monkeypatch.setattr(Oracle, "answer", stops)
+    assert main(command) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    file = tmp_path / "scripted_oracle" / "answers" / "mqar.jsonl"
+    assert len(file.read_text().splitlines()) == 8
+    with open(file, "a") as handle:
+        handle.write('{"fingerprint": "torn')  # what a kill in the middle of a write leaves
+
+    def goes_on(self: Oracle, items: Any) -> Any:
+        asked.extend(item.key for item in items)
+        return answer(self, items)
+
+    monkeypatch.setattr(Oracle, "answer", goes_on)
+    assert main(command) == 0
+    assert len(asked) == len(set(asked)) == 5 * 3 * 2
+    (model,) = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert model["tasks"]["mqar"]["n"] == 30
+    again = len(asked)
+    assert main(command) == 0
+    assert len(asked) == again
+
+
+def test_the_output_of_another_model_is_refused(tmp_path: Path, tiny_folders: Any, capsys: Any) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folders["gla"], folder)
+    command = [
+        f"model={folder}",
+        "tasks=mqar",
+        "limit=1",
+        "pairs=4",
+        "plots=false",
+        f"output={tmp_path / 'o'}",
+    ]
+    assert main(command) == 0
+    moved = folder.rename(tmp_path / "elsewhere")
+    moved.rename(folder)
+    assert main(command) == 0
+    shutil.rmtree(folder)
+    shutil.copytree(tiny_folders["mamba2"], folder)
+    kept = (tmp_path / "o" / "results.json").read_bytes()
+    assert main(command) == 2
+    assert "holds the answers of another model" in capsys.readouterr().err
+    assert (tmp_path / "o" / "results.json").read_bytes() == kept
+
+
+def test_two_models_are_shown_side_by_side(tmp_path: Path, tiny_folders: Any, capsys: Any) -> None:
+    models = f"model={tiny_folders['gla']},scripted:oracle"
+    tasks = ["tasks=passkey,mqar,ppl", "lengths=512,1024", "limit=2", "pairs=2,4", "depths=0,1"]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"Line {i}. " * 50}) + "\n" for i in range(9)))
+    assert main([models, *tasks, f"corpus={corpus}", f"output={tmp_path / 'out'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny_gla" in shown
+    assert "scripted_oracle" in shown
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    first, second = results["models"]
+    assert second["tasks"]["passkey"]["score"] == second["tasks"]["mqar"]["score"] == 1.0
+    assert first["state_elements"] > 0
+    assert [row["perplexity"] for row in second["tasks"]["ppl"]["by_position"]] == [1.0] * 5
+    plots = {file.name for file in (tmp_path / "out" / "plots").iterdir()}
+    assert plots >= {"passkey_by_length.png", "passkey_depth.png", "mqar_by_pairs.png", "ppl_by_position.png"}
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## passkey by length" in report
+    assert "plots/passkey_depth.png" in report
+
+
+def test_a_prompt_beyond_the_tokenizers_length_fails_and_nothing_is_cut(
+    tmp_path: Path, tiny_folders: Any, tokenizer: Any, capsys: Any
+) -> None:
+    import shutil
+
+    folder = tmp_path / "short"
+    shutil.copytree(tiny_folders["gla"], folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 600}))
+    command = [f"model={folder}", "tasks=passkey", "limit=1", "plots=false", f"output={tmp_path / 'o'}"]
+    assert main([*command, "lengths=512,1024"]) == 1
+    assert "allows 600" in capsys.readouterr().err
+    assert main([*command, "lengths=512"]) == 0
+    assert main([*command, "lengths=512,1024", "allow_long=true"]) == 0

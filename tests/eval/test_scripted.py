@@ -1,0 +1,66 @@
+"""Always right scores 1.0 on every task, silence 0.0, and rambling what the rule says."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from eval.registry import load_families, select
+from eval.run import run_one
+from eval.scripted import SCRIPTED
+from eval.settings import Settings
+
+SMALL = {"limit": 3, "lengths": "1024,2048", "pairs": "4,16", "shots": "2,6"}
+EVERY_TASK = [
+    (family.name, task) for family in load_families().values() for task in family.tasks + family.extra
+]
+# a first line of chat around the answer: right where the rule is "contains", wrong where it is "equals"
+RAMBLING = {
+    "recall": 1.0,
+    "recall_twice": 1.0,
+    "niah": 1.0,
+    "passkey": 1.0,
+    "icl": 0.0,
+    "mqar": 0.0,
+    "ppl": 0.0,
+}
+
+
+def needs_download(task: str) -> bool:
+    """nltk's sentence splitter is the one thing that a test cannot stand in for."""
+    if task not in ("niah_single_2", "niah_single_3", "niah_multikey_1"):
+        return False
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return True
+    return False
+
+
+def score(name: str, task: str, settings: Settings, make: Callable[[Any], Any], tokenizer: Any) -> float:
+    if needs_download(task):
+        pytest.skip("nltk's punkt_tab is not on this machine")
+    ((family, _),) = select([task])
+    assert family.lacks(task, settings) is None
+    records = run_one(family, task, settings, make(SCRIPTED[name](tokenizer)))
+    assert records
+    return sum(record["score"] for record in records) / len(records)
+
+
+@pytest.mark.parametrize(("family", "task"), EVERY_TASK)
+def test_oracle_is_right_and_silence_is_wrong(
+    family: str, task: str, settings: Callable[..., Settings], session: Callable, tokenizer: Any
+) -> None:
+    chosen = settings(tasks=task, **SMALL)
+    assert score("oracle", task, chosen, lambda model: session(model, "oracle"), tokenizer) == 1.0
+    assert score("silent", task, chosen, lambda model: session(model, "silent"), tokenizer) == 0.0
+
+
+@pytest.mark.parametrize(("family", "task"), [entry for entry in EVERY_TASK if entry[0] in RAMBLING])
+def test_rambling_gets_what_the_rule_says(
+    family: str, task: str, settings: Callable[..., Settings], session: Callable, tokenizer: Any
+) -> None:
+    chosen = settings(tasks=task, **SMALL)
+    assert score("rambling", task, chosen, session, tokenizer) == RAMBLING[family]
