@@ -158,6 +158,9 @@ def print_times(keep: bool = True) -> None:
 def tune(bases: dict, out: Path, deadline: float) -> None:
     found = {}
     for shape, base in bases.items():
+        for settings in [base, *tune_kernels.other_chunks(base)]:
+            times = {row.name: round(row.milliseconds, 2) for row in measure_kernels(65536, *shape, settings)}
+            print(f"{shape}, chunks of {settings['chunk']['size']}: {sum(times.values()):.2f} ms {times}")
         print(f"H, K, V = {shape}, chunks of {base['chunk']['size']}")
         best = tune_kernels.tune_shape(shape, 65536, base, deadline)
         found[tune_kernels.shape_key(shape)] = best
@@ -178,6 +181,13 @@ def main(arguments: list[str]) -> None:
     with ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=context) as pool:
         errors = [pool.submit(check_group, *group) for group in GROUPS] if "errors" in sections else []
         work = tune_kernels.all_candidates(bases) if "tune" in sections else []
+        work += [
+            (shape, other, kernel)
+            for shape, base in bases.items()
+            for other in tune_kernels.other_chunks(base)
+            for kernel in tune_kernels.FIELDS
+            if work
+        ]
         compiled = [pool.submit(tune_kernels.compile_one, *one) for one in work]
         section("errors", lambda: print_errors(errors))
         section("compiling", lambda: print("\n".join(filter(None, (job.result() for job in compiled)))))

@@ -52,7 +52,7 @@ CANDIDATES = {
     "dscores": [(128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 3)],
     "intra_backward": [
         (64, 8, 1, None), (64, 8, 2, None), (32, 4, 1, None), (32, 4, 2, None), (32, 8, 1, None),
-        (32, 4, 1, 168), (64, 8, 1, 128), (32, 8, 1, 128),
+        (32, 4, 1, 168), (32, 4, 1, 128), (64, 8, 1, 128), (32, 8, 1, 128),
     ],
 }  # fmt: skip
 
@@ -166,6 +166,12 @@ def main(arguments: list[str]) -> None:
         print(f"H, K, V = {shape}, {tokens} tokens, chunks of {base['chunk']['size']}")
         found[shape_key(shape)] = tune_shape(shape, tokens, base)
     print("wrote", write(found, Path(given.get("out", folder()))))
+
+
+def other_chunks(base: dict) -> list[dict]:
+    """The same settings at the other chunk sizes: fewer states, but more within a chunk, or the reverse."""
+    sizes = (size for size in (128, 256) if size != base["chunk"]["size"])
+    return [with_settings(base, "chunk", {"size": size}) for size in sizes]
 
 
 def all_candidates(bases: dict[Shape, dict]) -> list[tuple[Shape, dict, str]]:

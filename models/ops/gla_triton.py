@@ -1,9 +1,9 @@
 """Chunked gated linear attention with this repository's Triton kernels: one autograd function around them.
 
 What differs from chunks of 64 tokens everywhere (arXiv 2312.06635): states are stored once per 128 or 256
-tokens and recomputed in the backward pass, so that a state of K = 1024 by V = 2048 costs about 1 GB at 65,536 tokens
-instead of several; decays are multiplied into the operands once, which leaves plain matrix products for
-everything of size K x V.
+tokens and recomputed in the backward pass, so that a state of K = 1024 by V = 2048 costs about 1 GB at 65,536
+tokens instead of several; decays are multiplied into the operands once, which leaves plain matrix products
+for everything of size K x V.
 """
 
 import weakref

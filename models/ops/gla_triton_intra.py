@@ -1,9 +1,9 @@
 """Triton kernels of chunked GLA within a chunk: decays, scores, and the last step of the backward pass.
 
-Log decays are kept in base 2 and summed from the start of blocks of 64 tokens: b_i = log2(e) (g_1 + .. + g_i).
+Log decays are kept in base 2 and summed from the start of blocks of 64 tokens: b_i = log2(e) (g_1 + .. g_i).
 Between two blocks keys decay to the end of theirs and queries from the start of theirs, so no exponent is
 above 0. Within a block exponents are taken around its middle row as long as the block decays by no more than
-2^-100; a stronger one is halved six times, later half against earlier half (torch twin: `gla.decayed_scores`).
+2^-100; a stronger one is halved six times, later half against earlier half (as `gla.decayed_scores`).
 """
 
 try:

@@ -46,6 +46,9 @@ def march_kernel(
         state = tl.load(first_ptr + outer + in_state).to(tl.float32)
     pieces: tl.constexpr = C // BT
     steps = (end_chunk - first_chunk) * pieces
+    one_chunk = -H * K if REVERSE else H * K
+    total_at = total_ptr + ((end_chunk - 1 if REVERSE else first_chunk) * H + i_h).to(tl.int64) * K + column_k
+    coming = tl.load(total_at, mask=(column_k < K) & (steps > 0), other=0.0)
     for step in range(steps):
         at = steps - 1 - step if REVERSE else step
         head = ((first_chunk + at // pieces) * H + i_h).to(tl.int64)  # of this chunk, in total and states
@@ -55,15 +58,15 @@ def march_kernel(
         inside = (row < end - token)[:, None]
         x = tl.load(x_ptr + here + in_x, mask=inside, other=0.0)
         y = tl.load(y_ptr + there + in_y, mask=inside, other=0.0)
-        decay = tl.exp2(tl.load(total_ptr + head * K + column_k))
-        if pieces == 1:
+        at_chunk = step % pieces == 0
+        if at_chunk:
             tl.store(states_ptr + head * (K * V) + in_state, state.to(states_ptr.dtype.element_ty))
-            state = state * decay[:, None]
-        else:
-            at_chunk = step % pieces == 0
-            if at_chunk:
-                tl.store(states_ptr + head * (K * V) + in_state, state.to(states_ptr.dtype.element_ty))
-            state = state * tl.where(at_chunk, decay, 1.0)[:, None]
+        state = state * tl.exp2(tl.where(at_chunk, coming, 0.0))[:, None]
+        # the next step's decay is on its way while this step computes
+        next_chunk = (step + 1) // pieces
+        coming = tl.load(
+            total_at + next_chunk * one_chunk, mask=(column_k < K) & (step + 1 < steps), other=0.0
+        )
         state = tl.dot(tl.trans(x), y, state, input_precision=PRECISION)
     if STORE_LAST:
         tl.store(last_ptr + outer + in_state, state)
@@ -153,7 +156,10 @@ def grad_kernel(
             dqueries = tl.dot(do, tl.trans(state), dqueries, input_precision=PRECISION)
             dkeys = tl.dot(v, tl.trans(dstate), dkeys, input_precision=PRECISION)
             if i_m == 0:
-                product += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
+                # read again: Triton 3.6 gives a tile that feeds both wgmma and arithmetic one buffer too few,
+                # and overwrites it while the tensor cores still read
+                again = tl.load(states_ptr + in_states + n).to(tl.float32)
+                product += tl.sum(again * tl.load(dstates_ptr + in_states + n).to(tl.float32), axis=1)
         in_out = head * K + row[:, None] * (H * K) + column_k[None, :]
         tl.store(dqueries_ptr + in_out, dqueries.to(dqueries_ptr.dtype.element_ty), mask=inside)
         tl.store(dkeys_ptr + in_out, dkeys.to(dkeys_ptr.dtype.element_ty), mask=inside)

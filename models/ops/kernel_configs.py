@@ -6,7 +6,7 @@ A file maps a shape ("K1024-V2048-H1-16bit") to the settings that won there. Onl
 
 import json
 import os
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ def folder() -> Path:
     return Path(os.environ.get("STATEX_KERNEL_CONFIGS", FOLDER))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read(operator: str, gpu: str) -> dict[str, dict[str, dict]]:
     path = folder() / gpu / f"{operator}.json"
     return json.loads(path.read_text()) if path.is_file() else {}
