@@ -178,15 +178,17 @@ def gradients(model, *pieces, labels=None):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_recomputation_changes_no_gradient(family, ids, pieces):
+def test_recomputation_changes_no_gradient(family, ids, pieces, autocast):
     model = tiny(family)
     chunks = ids.chunk(pieces, dim=1)
-    kept = gradients(model, *chunks)
-    for level in model.blocks[0].recompute_levels:
-        model.set_recompute(level)
-        for name, gradient in gradients(model, *chunks).items():
-            assert torch.equal(gradient, kept[name]), f"{level}: {name}"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kept = gradients(model, *chunks)
+        for level in model.blocks[0].recompute_levels:
+            model.set_recompute(level)
+            for name, gradient in gradients(model, *chunks).items():
+                assert torch.equal(gradient, kept[name]), f"{level}: {name}"
 
 
 def test_gradients_flow_back_through_a_carried_state(family, ids):
