@@ -9,7 +9,8 @@ What is counted:
 - parameters: every parameter once, so a tied head counts with the embeddings.
 - FLOPs a token: the forward pass, two for each multiply-add. Matrix products (projections, MLP, head) and the
   update and the reading of the state (each mixer's `flops_per_token`) count; norms, activations and the
-  embedding lookup do not. The state counts as updated step by step; chunked kernels do more, for speed.
+  embedding lookup do not. A state element counts 4 (2 to write, 2 to read), as in step-by-step decoding;
+  chunked kernels do more, for speed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -128,7 +129,8 @@ class ExpansionReport:
             f"{self.after.total_parameters:,}",
         )
         return (
-            f"{len(rows)} {'layer' if len(rows) == 1 else 'layers'} expanded, {untouched} as they were; recurrent state x{growth:.2f}\n"
+            f"{len(rows)} {'layer' if len(rows) == 1 else 'layers'} expanded, {untouched} as they were; "
+            f"recurrent state x{growth:.2f}\n"
             f"{table(header, [*rows, total])}\n\n{self.after}"
         )
 
