@@ -53,19 +53,29 @@ find_python() {
     if [ -z "${STATEX_PYTHON:-}" ] && [ ! -x "$PYTHON" ]; then bash scripts/setup.sh || exit; fi
 }
 
+# Real text with associative recall mixed in, from this Python's own library; made once, some 20 s.
+CORPUS=output/quickstart/data
+make_corpus() {
+    [ -e "$CORPUS/quickstart.json" ] || echo "$SCRIPT: making a corpus in $CORPUS" >&2
+    "$PYTHON" -m data.quickstart out="$CORPUS" recall_share=0.6 vocabulary_size=1024 >&2 || exit
+}
+
 # The same recipe, small enough for a CPU: a tiny model from random weights on the quickstart's corpus.
 apply_tiny() {
-    local corpus=output/quickstart/data
-    [ -e "$corpus/tokenizer" ] || "$PYTHON" -m data.quickstart out="$corpus" || exit 1
+    case " $* " in
+        *data_path=*tokenizer=* | *tokenizer=*data_path=*) ;;
+        *) make_corpus ;;
+    esac
     apply_setting model_name="${model_name%%-*}-tiny"
     apply_setting train_config=configs/training/tiny.json
     apply_setting init_from=scratch
     apply_setting ckpt_path=
     apply_setting launch=cpu
     apply_setting n_gpus=1
-    apply_setting data_path="$corpus/train"
-    apply_setting validation_data_path="$corpus/validation"
-    apply_setting tokenizer="$corpus/tokenizer"
+    if [ -n "${drop_prop:-}" ]; then apply_setting drop_prop=2; fi # the tiny models have 4 layers
+    apply_setting data_path="$CORPUS/train"
+    apply_setting validation_data_path="$CORPUS/validation"
+    apply_setting tokenizer="$CORPUS/tokenizer"
 }
 
 apply_command_line() {
@@ -76,7 +86,7 @@ apply_command_line() {
     done
     case "$scale" in
         '') ;;
-        tiny) apply_tiny ;;
+        tiny) apply_tiny "$@" ;;
         *) stop "scale=$scale: the only scale is tiny; leave it out for the full recipe" ;;
     esac
     for argument in "$@"; do apply_setting "$argument"; done
@@ -101,30 +111,35 @@ is_on() {
     case "$1" in true | True | TRUE | 1) return 0 ;; *) return 1 ;; esac
 }
 
-count_gpus() {
-    "$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0
+# Where the run writes. Wrong keys, types and ranges show here already, before torch is imported.
+find_run_dir() {
+    RUN_DIR=$("$PYTHON" - "${ARGUMENTS[@]}" <<'PY'
+import sys
+from training.config import ConfigError, parse_arguments
+try:
+    print(parse_arguments(sys.argv[1:]).run_dir)
+except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+PY
+    ) || exit
 }
 
-check_machine() {
+# Checks every argument in one process, because launchers turn any exit status into 1 and print a traceback.
+check_settings() {
     is_count "$n_nodes" || stop "n_nodes=$n_nodes: a number of machines, 1 or more"
     is_count "$n_gpus" || stop "n_gpus=$n_gpus: a number of GPUs, 1 or more"
     case "$node_rank" in '' | *[!0-9]*) stop "node_rank=$node_rank: 0 to $((n_nodes - 1))" ;; esac
     [ "$node_rank" -lt "$n_nodes" ] || stop "node_rank=$node_rank: 0 to $((n_nodes - 1)), n_nodes is $n_nodes"
-    [ $((n_gpus % n_nodes)) -eq 0 ] || stop "n_gpus=$n_gpus: counts the GPUs of all $n_nodes nodes and must divide by $n_nodes"
-    LOCAL_PROCESSES=$((n_gpus / n_nodes))
-    local there
+    [ $((n_gpus % n_nodes)) -eq 0 ] ||
+        stop "n_gpus=$n_gpus: counts the GPUs of all $n_nodes nodes, so it is a multiple of $n_nodes"
+    local cores
     if [ "$launch" = cpu ]; then
-        there=$("$PYTHON" -c 'import os; print(os.cpu_count())')
-        [ "$LOCAL_PROCESSES" -le "$there" ] ||
-            stop "n_gpus=$n_gpus: with launch=cpu it is the number of processes, and there are $there cores"
-        return
+        cores=$("$PYTHON" -c 'import os; print(os.cpu_count())')
+        [ $((n_gpus / n_nodes)) -le "$cores" ] ||
+            stop "n_gpus=$n_gpus: with launch=cpu it is the number of processes, and this machine has $cores cores"
     fi
-    there=$(count_gpus)
-    if [ "$there" -eq 0 ]; then
-        stop "no GPU is visible here. Either run this on a machine with GPUs (is CUDA_VISIBLE_DEVICES empty? does nvidia-smi list them?), or run the same path on the CPU with a tiny model: bash scripts/$SCRIPT scale=tiny"
-    fi
-    [ "$LOCAL_PROCESSES" -le "$there" ] ||
-        stop "n_gpus=$n_gpus: $there visible here; n_gpus=$((there * n_nodes)) keeps tokens_per_step by accumulating more"
+    LOCAL_WORLD_SIZE=$((n_gpus / n_nodes)) "$PYTHON" train.py "${ARGUMENTS[@]}" --validate_only=true || exit
 }
 
 # settings -> COMMAND
@@ -201,20 +216,17 @@ start_training() {
     find_python
     apply_command_line "$@"
     collect_arguments
+    find_run_dir
     if is_on "${plan:-}"; then exec "$PYTHON" train.py "${ARGUMENTS[@]}"; fi
 
-    check_machine
-    "$PYTHON" train.py "${ARGUMENTS[@]}" --validate_only=true || exit
+    check_settings
     build_command
-    local run_dir
-    run_dir=$("$PYTHON" -c 'import sys; from training.config import parse_arguments
-print(parse_arguments(sys.argv[1:]).run_dir)' "${ARGUMENTS[@]}") || exit
-    rm -f "$run_dir/requeue"
+    rm -f "$RUN_DIR/requeue"
     printf '%s:' "$SCRIPT"
     printf ' %q' "${COMMAND[@]}"
     printf '\n'
     run_command
-    if [ -e "$run_dir/requeue" ]; then exit "$REQUEUE_STATUS"; fi
+    if [ -e "$RUN_DIR/requeue" ]; then exit "$REQUEUE_STATUS"; fi
     if [ "$STATUS" -ne 0 ] && [ "$STATUS" -ne 2 ]; then exit 1; fi
     exit "$STATUS"
 }
