@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_check_ssd.py [quick]
 
-Prints a table of relative errors by norm (forward and every gradient; NaN is a FAIL), then times of whole passes and of
-each kernel with a few launch configurations, beside mamba_ssm where it is installed. A section that fails is printed
-and the others go on.
+Prints a table of relative errors by norm (forward and every gradient; NaN is a FAIL), then times of whole
+passes and of each kernel with a few launch configurations, beside mamba_ssm where it is installed. A section
+that fails is printed and the others go on.
 """
 
 import contextlib
@@ -13,13 +13,12 @@ import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-try:  # narrows the autotuners of the packages measured beside ours, where that module exists
+with contextlib.suppress(ImportError):  # narrows the autotuners of the packages measured beside ours
     import fast_autotune  # noqa: F401
-except ImportError:
-    pass
 
 import torch
 
@@ -64,11 +63,11 @@ CANDIDATES = {
 }
 
 
-# --- correctness ---------------------------------------------------------------------------------------------------
+# --- correctness
 
 
 def ssd_inputs(length, state_size, dtype, sequences=1, heads=8, groups=2):
-    """Inputs rounded to `dtype`, so that only the kernels' own error is measured; realistic steps and decays."""
+    """Inputs rounded to `dtype`, so that only the kernels' own error counts; realistic steps and decays."""
     draw = torch.Generator().manual_seed(length + state_size)
 
     def normal(*shape):
@@ -130,14 +129,12 @@ def check_ssd(backends, state_sizes, dtypes, lengths, packings=(False, True)):
                     cu_seqlens = offsets_of(length) if packed else None
                     inputs = ssd_inputs(length, state_size, dtype, len(cu_seqlens) - 1 if packed else 1)
                     options = {"output_final_state": True, "cu_seqlens": cu_seqlens, "chunk_size": 64}
-                    exact = gradients_of(
-                        lambda **i: ssd(**i, **options, backend="torch"), inputs, torch.float64
-                    )  # noqa: B023
+                    exact = gradients_of(partial(ssd, **options, backend="torch"), inputs, torch.float64)
                     for backend in backends:
                         label = f"{backend} N={state_size} {str(dtype)[6:]} T={length} packed={packed}"
                         try:
                             run = dict(options, chunk_size=256, backend=backend)
-                            found = gradients_of(lambda **i: ssd(**i, **run), inputs)  # noqa: B023
+                            found = gradients_of(partial(ssd, **run), inputs)
                             failures += not report_errors(label, found, exact, LIMIT[dtype])
                         except Exception as error:
                             failures += 1
@@ -162,7 +159,8 @@ def check_conv(backends):
                 def run(backend):
                     def convolve(x, **others):  # a slice of something wider, as in the model
                         wide = torch.cat([x, x], dim=2)[:, :, 160:480]
-                        options = {"output_final_state": True, "cu_seqlens": cu_seqlens, "activation": "silu"}  # noqa: B023
+                        options = {"output_final_state": True, "cu_seqlens": cu_seqlens}  # noqa: B023
+                        options["activation"] = "silu"
                         return causal_conv1d(wide, **others, **options, backend=backend)
 
                     return convolve
@@ -181,7 +179,7 @@ def check_conv(backends):
     return failures
 
 
-# --- time ----------------------------------------------------------------------------------------------------------
+# --- time
 
 
 def milliseconds(function, repeats=5):
@@ -229,9 +227,8 @@ def time_whole(backend, state_size):
     base = torch.cuda.memory_allocated()
     torch.autograd.grad(y, list(inputs.values()), dy, retain_graph=True)
     peak = (torch.cuda.max_memory_allocated() - base) / 2**30
-    print(
-        f"{backend:10s} N={state_size} forward {forward_ms:.3f} ms, backward {backward_ms:.3f} ms, backward peak {peak:.2f} GiB"
-    )
+    times = f"forward {forward_ms:.3f} ms, backward {backward_ms:.3f} ms, backward peak {peak:.2f} GiB"
+    print(f"{backend:10s} N={state_size} {times}")
 
 
 class Pieces:
@@ -239,7 +236,7 @@ class Pieces:
 
     def __init__(self, state_size, chunk, tokens=TOKENS):
         self.i = big_inputs(state_size, tokens)
-        config = dict(ssd_triton.CONFIGS[2], chunk=chunk)
+        config = dict(ssd_triton.CONFIGS[2], chunk={"Q": chunk})
         ssd_triton.CONFIGS[2] = config
         self.shape = ssd_triton.Shape(self.i["x"], self.i["B"], None)
         self.dy = torch.randn_like(self.i["x"], memory_format=torch.contiguous_format)
@@ -347,7 +344,7 @@ class Pieces:
 
 
 def time_pieces(state_size, chunk, tokens=TOKENS, only=None):
-    """Times every kernel with every candidate configuration; with few tokens this only fills the compiler's cache."""
+    """Times every kernel with every candidate; with few tokens this only fills the compiler's cache."""
     pieces = Pieces(state_size, chunk, tokens)
     for kernel, rows in pieces.table().items():
         if only and kernel not in only:
@@ -388,7 +385,7 @@ def time_conv(backend):
     )
 
 
-# --- the run -------------------------------------------------------------------------------------------------------
+# --- the run
 
 
 def _warm(job):

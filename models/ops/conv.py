@@ -86,7 +86,7 @@ def _conv_torch(x, weight, bias, activation, initial_state, cu_seqlens) -> Tenso
 
 
 def _with_past(x, width, initial_state, cu_seqlens) -> tuple[Tensor, Tensor | None]:
-    """Inputs with W - 1 past rows in front of every sequence, and the rows of the tokens (None: all others)."""
+    """Inputs with W - 1 past rows before every sequence, and the tokens' rows (None: all others)."""
     batch, length, channels = x.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is None:

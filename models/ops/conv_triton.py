@@ -1,8 +1,8 @@
 """Triton kernels of the causal convolution: convolution, bias and SiLU in one pass each way.
 
-Inputs may be a slice of a wider projection: only the channel axis must be contiguous. A token knows the bounds of its
-sequence, and inputs before them come from the initial state or are zero. The backward recomputes the convolution
-from inputs that the tile has loaded anyway, so that nothing but the inputs is kept.
+Inputs may be a slice of a wider projection: only the channel axis must be contiguous. A token knows the
+bounds of its sequence, and inputs before them come from the initial state or are zero. The backward recomputes
+the convolution from inputs that the tile has loaded anyway: nothing but the inputs is kept.
 """
 
 import torch
@@ -22,7 +22,7 @@ TOKENS_PER_PROGRAM = 256  # of the backward: as many tokens share one partial gr
 @triton.jit
 def _input(x_ptr, initial_ptr, token, start, end, sequence, channel, x_stride, D, known,
            W: tl.constexpr, HAS_INITIAL: tl.constexpr):  # fmt: skip
-    """Inputs `[rows, channels]` of tokens that may lie before their sequence (its initial state) or behind it (0)."""
+    """Inputs `[rows, channels]` of tokens, also before their sequence (initial state) or behind it (0)."""
     inside = (token >= start) & (token < end)
     x = tl.load(x_ptr + token[:, None] * x_stride + channel[None, :], mask=inside[:, None] & known, other=0.0)
     x = x.to(tl.float32)
@@ -111,8 +111,8 @@ def _backward_kernel(
             gradient = tl.load(at, mask=valid, other=0.0).to(tl.float32)
             if SILU:
                 value = _before_activation(
-                    x_ptr, weight_ptr, bias_ptr, initial_ptr, later, start, end, sequence, channel, x_stride, D, here,
-                    W, HAS_BIAS, HAS_INITIAL,
+                    x_ptr, weight_ptr, bias_ptr, initial_ptr, later, start, end, sequence, channel, x_stride,
+                    D, here, W, HAS_BIAS, HAS_INITIAL,
                 )  # fmt: skip
                 gradient = _silu_gradient(gradient, value)
             weight = tl.load(weight_ptr + channel * W + (W - 1 - ahead), mask=channel < D, other=0.0)
@@ -133,7 +133,7 @@ def _initial_gradient_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, initial_ptr, offsets_ptr, dinitial_ptr, D, x_stride, dy_stride,
     W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the initial states: only the first W - 1 tokens of a sequence see them. Grid: (D, sequences)."""
+    """Gradient of the initial states, which only the first W - 1 tokens see. Grid: (D / BLOCK, sequences)."""
     number = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     begin, stop = tl.load(offsets_ptr + number), tl.load(offsets_ptr + number + 1)

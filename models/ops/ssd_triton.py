@@ -1,15 +1,16 @@
 """The SSD operator on CUDA with this repository's own Triton kernels: nothing to compile at installation.
 
-Forward: running decays -> C B^T once per group and chunk -> what every chunk adds to the state -> states in front of
-the chunks -> outputs. Backward: the same states again, their gradients by the mirrored passes, then dx, the gradient of
-C B^T, dB and dC summed over heads inside one program (no atomics: the same bits every time), and ddt from row sums.
-
-States between kernels are in the inputs' dtype, sums and decays in fp32. Only the inputs are kept for the backward.
+Forward: running decays, C B^T once per group and chunk, what every chunk adds to the state, states in front
+of the chunks, outputs. Backward: the same states again, their gradients by the mirrored passes, then dx, the
+gradient of C B^T, dB and dC summed over heads inside one program (no atomics: the same bits every time), and
+ddt from row sums. States between kernels are in the inputs' dtype, sums and decays in fp32. Only the inputs
+are kept for the backward.
 """
 
 import torch
 from torch import Tensor
 
+from .kernel_configs import kernel_config
 from .ssd_triton_backward import (
     key_gradients_kernel,
     pass_gradients_kernel,
@@ -35,17 +36,17 @@ STATE_SIZES = (16, 32, 64, 128, 256, 512)
 # by number of bytes of an input element: tiles of each kernel, chosen on an H100
 CONFIGS = {
     2: {
-        "chunk": 256,
+        "chunk": {"Q": 256},
         "scores": {"ROWS": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
         "states": {"HEADS": 2, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
         "pass": {"BLOCK": 1024, "num_warps": 4},
         "outputs": {"ROWS": 128, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-        "score_gradients": {"ROWS": 128, "num_warps": 8, "num_stages": 2},
+        "score_gradients": {"ROWS": 64, "num_warps": 4, "num_stages": 3},
         "key_gradients": {"ROWS": 128, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
         "steps": {"HEADS": 4, "num_warps": 4},
     },
     4: {
-        "chunk": 64,
+        "chunk": {"Q": 64},
         "scores": {"ROWS": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         "states": {"HEADS": 1, "BLOCK_K": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "pass": {"BLOCK": 512, "num_warps": 4},
@@ -63,11 +64,9 @@ class Shape:
     def __init__(self, x: Tensor, B: Tensor, cu_seqlens: Tensor | None):
         batch, self.length, self.heads, self.head_dim = x.shape
         self.groups, self.state_size = B.shape[2:]
-        self.config = {
-            name: dict(values) if isinstance(values, dict) else values
-            for name, values in CONFIGS[x.element_size()].items()
-        }
-        self.chunk = self.config["chunk"]
+        key = f"P{self.head_dim}-N{self.state_size}-{8 * x.element_size()}bit"
+        self.config = kernel_config("ssd", key, CONFIGS[x.element_size()], x.device)
+        self.chunk = self.config["chunk"]["Q"]
         self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
         self.state_dtype = x.dtype
         self.sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -102,10 +101,10 @@ class Shape:
 def chunk_table(
     batch: int, length: int, size: int, cu_seqlens: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """First token and number of tokens of every chunk, and the first chunk of every sequence (and their number).
+    """First token and number of tokens of every chunk; first chunk of every sequence, then their number.
 
-    Made on the device without waiting for it: packed sequences get the largest number of chunks that they can need, and
-    those that are not needed have no tokens.
+    Made on the device without waiting for it: packed sequences get as many chunks as they can need at most,
+    and those that are not needed have no tokens.
     """
     if cu_seqlens is None:
         offsets = torch.arange(batch + 1, device=device) * length
@@ -205,7 +204,7 @@ def chunk_scores(shape: Shape, B: Tensor, C: Tensor) -> Tensor:
 
 
 def chunk_states(shape: Shape, values: Tensor, keys: Tensor, decays, *, forward: bool) -> Tensor:
-    """What every chunk adds to the state (x and B), or asks of it in the backward (dy and C): `[chunks, H, P, N]`."""
+    """What every chunk adds to the state (x and B), or (dy and C) asks of it: `[chunks, H, P, N]`."""
     states = torch.empty(
         shape.chunks,
         shape.heads,
@@ -242,21 +241,23 @@ def outputs(shape: Shape, values, keys, states, scores, D, decays, out: Tensor, 
     """Fills `out` with y from x, C and the states, or with dx from dy, B and their gradients."""
     tiles = shape.tiles("outputs")
     outputs_kernel[(shape.chunk // tiles["ROWS"], shape.heads, shape.chunks)](
-        values, keys, states, scores, D, shape.start, shape.lengths, *decays, out, values.stride(1), keys.stride(1),
+        values, keys, states, scores, D, shape.start, shape.lengths, *decays, out,
+        values.stride(1), keys.stride(1),
         **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward, HAS_D=D is not None,
         PRECISION=shape.precision,
     )  # fmt: skip
 
 
 def pass_gradients(shape: Shape, gradients: Tensor, states: Tensor, decays, dfinal, initial_state):
-    """Makes `gradients` those of the states behind the chunks; parts of the decays' gradients; dinitial_state."""
+    """Makes `gradients` those of the states behind the chunks; parts of the decays' gradients; dinitial."""
     size, tiles = shape.head_dim * shape.state_size, shape.tiles("pass")
     blocks = size // tiles["BLOCK"]
     parts = torch.empty(shape.chunks, shape.heads, blocks, dtype=torch.float32, device=states.device)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, dtype=torch.float32)
     pass_gradients_kernel[(blocks, shape.heads, shape.sequences)](
         gradients, states, decays[0], shape.first, dfinal, dinitial, parts,
-        **shape.sizes("H", "Q"), **tiles, PN=size, HAS_FINAL=dfinal is not None, HAS_INITIAL=dinitial is not None,
+        **shape.sizes("H", "Q"), **tiles, PN=size, HAS_FINAL=dfinal is not None,
+        HAS_INITIAL=dinitial is not None,
     )  # fmt: skip
     return parts, dinitial
 

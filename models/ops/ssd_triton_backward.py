@@ -1,8 +1,8 @@
-"""Triton kernels of the SSD operator that only its backward pass needs; layouts and legend as in the forward file.
+"""Triton kernels that only the backward pass of the SSD operator needs; legend as in the forward file.
 
-The gradient of a log decay needs, for every token t, the sum over all pairs (j, i) with j < t <= i of what j gives to
-i. Both ends of each pair are summed from the same fp32 products, row sums and column sums, so that the pairs on one
-side of t cancel in the running sum instead of leaving their rounding behind.
+The gradient of a log decay needs, for every token t, the sum over all pairs (j, i) with j < t <= i of what j
+gives to i. Row sums and column sums come from the same fp32 products, so that pairs on one side of t cancel
+in the running sum instead of leaving their rounding behind.
 """
 
 try:
@@ -18,9 +18,9 @@ def pass_gradients_kernel(
     H: tl.constexpr, PN: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, HAS_FINAL: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """Turns what each chunk asks of the state in front of it into the gradient of the state behind it, in place.
+    """Turns what each chunk asks of the state before it into the gradient of the one behind it, in place.
 
-    Also the part of this block in the gradient of each chunk's total decay. Grid: (PN / BLOCK, H, sequences).
+    Also this block's part in the gradient of each chunk's total decay. Grid: (P N / BLOCK, H, sequences).
     """
     sequence, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -62,7 +62,8 @@ def score_gradients_kernel(
     """Gradient of the scores, summed over the heads of a group, in tiles that touch j <= i.
 
     With pair_ij = (dy_i . x_j) decay(j, i] of one head: dscores_ij = sum over heads of pair_ij dt_j;
-    row_sums[c, h, tile of j, i] = sum_j pair_ij scores_ij dt_j; column_sums[c, h, tile of i, j] = sum_i pair_ij scores_ij.
+    row_sums[c, h, tile of j, i] = sum_j pair_ij scores_ij dt_j,
+    column_sums[c, h, tile of i, j] = sum_i pair_ij scores_ij.
     Grid: (Q / ROWS, G, chunks) for the tiles on the diagonal, ((Q / ROWS)^2, G, chunks) for the others.
     """
     tiles: tl.constexpr = Q // ROWS
@@ -112,8 +113,8 @@ def score_gradients_kernel(
 
 @triton.jit
 def key_gradients_kernel(
-    values_ptr, keys_ptr, others_ptr, states_ptr, dscores_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr,
-    out_ptr, sums_ptr, values_stride, keys_stride, others_stride,
+    values_ptr, keys_ptr, others_ptr, states_ptr, dscores_ptr, start_ptr, length_ptr, cumulative_ptr,
+    steps_ptr, out_ptr, sums_ptr, values_stride, keys_stride, others_stride,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -121,8 +122,8 @@ def key_gradients_kernel(
 
     dC_i = sum_heads decay(start, i] dy_i state + sum_j dscores_ij B_j           values dy, keys C, others B
     dB_j = sum_heads dt_j decay(j, end] x_j state + sum_i dscores_ij C_i         values x, keys B, others C
-    with the state in front of the chunk, or the gradient of the one behind it. sums[block of N, c, h, token] is the
-    first term of one head times the key, without dt. Grid: (Q / ROWS, N / BLOCK_N, chunks * G).
+    with the state in front of the chunk, or the gradient of the one behind it. sums[block of N, c, h, token]
+    is the first term of one head times the key, without dt. Grid: (Q / ROWS, N / BLOCK_N, chunks * G).
     """
     chunk, group = (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
     start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)
@@ -179,14 +180,14 @@ def key_gradients_kernel(
 
 @triton.jit
 def step_gradients_kernel(
-    A_ptr, start_ptr, length_ptr, steps_ptr, row_sums_ptr, column_sums_ptr, read_sums_ptr, added_sums_ptr, decay_ptr,
-    ddt_ptr, dA_ptr,
+    A_ptr, start_ptr, length_ptr, steps_ptr, row_sums_ptr, column_sums_ptr, read_sums_ptr, added_sums_ptr,
+    decay_ptr, ddt_ptr, dA_ptr,
     H: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, N_BLOCKS: tl.constexpr,
     DECAY_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """ddt, and each chunk's part of dA, from the sums of the other kernels. Grid: (H / HEADS, chunks).
 
-    The gradient of the log decay of token t is a sum over all places at or behind it, so places run backwards here.
+    The gradient of the log decay of a token sums over all places at or behind it: places run backwards here.
     """
     chunk, chunks = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     heads = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
@@ -209,7 +210,7 @@ def step_gradients_kernel(
     steps = tl.load(steps_ptr + at, mask=known, other=0.0)
     decay_at = decay_ptr + (chunk * H + heads)[:, None] * DECAY_BLOCKS + tl.arange(0, DECAY_BLOCKS)[None, :]
     whole = tl.sum(tl.load(decay_at, mask=(heads < H)[:, None] & (length > 0), other=0.0), axis=1)
-    # a log decay at t scales what the chunk adds to the state at places before t: all of it less that from t on
+    # a log decay at t scales what places before t add to the state: all of it less that from t on
     total_added = tl.sum(added * steps, axis=1)
     behind = tl.cumsum(rows - (columns + added) * steps, axis=1)
     gradient = behind + (whole + total_added)[:, None]

@@ -1,9 +1,9 @@
 """Triton kernels of the SSD operator that its forward pass needs (most of them serve the backward pass too).
 
 Tokens of all sequences lie in one row; a table cuts the row into chunks of at most Q tokens that stop where a
-sequence stops. Legend: c chunk, h head, g group, Q chunk length, P head dimension, N state size. Arrays that only
-these kernels see are laid out by chunk: `cumulative[c, h, Q]` is the running sum of log2 decays inside a chunk
-(places behind the last token repeat it), `steps[c, h, Q]` is dt, `scores[c, g, Q, Q]` is C B^T.
+sequence stops. Legend: c chunk, h head, g group, Q chunk length, P head dimension, N state size. Arrays that
+only these kernels see are laid out by chunk: `cumulative[c, h, Q]` is the running sum of log2 decays inside a
+chunk (places behind the last token repeat it), `steps[c, h, Q]` is dt, `scores[c, g, Q, Q]` is C B^T.
 """
 
 try:
@@ -62,7 +62,7 @@ def scores_kernel(
 
 @triton.jit
 def _state_scale(cumulative_ptr, steps_ptr, at, last, FORWARD: tl.constexpr):
-    """How much a token adds to the state behind its chunk, or (backward) reads from the state in front of it."""
+    """How much a token adds to the state behind its chunk, or (backward) reads from the one in front."""
     cumulative = tl.load(cumulative_ptr + at)
     if FORWARD:
         return tl.exp2(last - cumulative) * tl.load(steps_ptr + at)
@@ -71,11 +71,15 @@ def _state_scale(cumulative_ptr, steps_ptr, at, last, FORWARD: tl.constexpr):
 
 @triton.jit
 def states_kernel(
-    values_ptr, keys_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr, states_ptr, values_stride, keys_stride,
+    values_ptr, keys_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr, states_ptr,
+    values_stride, keys_stride,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, FORWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """states[c, h] = sum_j scale_j values_j keys_j^T, of one or two heads. Grid: (N / BLOCK_N, H / HEADS, chunks)."""
+    """states[c, h] = sum_j scale_j values_j keys_j^T of one or two heads.
+
+    Grid: (N / BLOCK_N, H / HEADS, chunks).
+    """
     chunk = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) * HEADS
     start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)
@@ -109,7 +113,10 @@ def pass_states_kernel(
     H: tl.constexpr, PN: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Turns what each chunk adds into the state in front of it, in place. Grid: (PN / BLOCK, H, sequences)."""
+    """Turns what each chunk adds into the state in front of it, in place.
+
+    Grid: (P N / BLOCK, H, sequences).
+    """
     sequence, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     own = (sequence * H + head) * PN + element
@@ -154,19 +161,20 @@ def _weights(scores_ptr, i, j, Q: tl.constexpr, FORWARD: tl.constexpr):
 
 @triton.jit
 def outputs_kernel(
-    values_ptr, keys_ptr, states_ptr, scores_ptr, D_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr, out_ptr,
-    values_stride, keys_stride,
+    values_ptr, keys_ptr, states_ptr, scores_ptr, D_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr,
+    out_ptr, values_stride, keys_stride,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, FORWARD: tl.constexpr, HAS_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y from x (forward), or dx from dy: the same sums with the roles of query and key exchanged.
 
-    forward:  out_i = sum_{j <= i} scores_ij decay(j, i] dt_j values_j + decay(start, i] state C_i + D values_i
-    backward: out_j = dt_j (sum_{i >= j} scores_ij decay(j, i] values_i + decay(j, end] state B_j) + D values_j
+    y_i  = sum_{j <= i} scores_ij decay(j, i] dt_j x_j + decay(start, i] state C_i + D x_i
+    dx_j = dt_j (sum_{i >= j} scores_ij decay(j, i] dy_i + decay(j, end] dstate B_j) + D dy_j
 
-    Decays to tokens of other tiles are split at the tile's edge into a factor per row and one per column, both at
-    most one: only the tile on the diagonal takes an exponential per element. Grid: (Q / ROWS, H, chunks).
+    Decays to tokens of other tiles are split at the tile's edge into a factor per row and one per column,
+    both at most one: only the tile on the diagonal takes an exponential per element.
+    Grid: (Q / ROWS, H, chunks).
     """
     chunk, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)

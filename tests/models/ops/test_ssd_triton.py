@@ -1,0 +1,81 @@
+"""The SSD kernels of this repository through Triton's interpreter, fp32. Oracle: the recurrence in float64.
+
+The interpreter multiplies bf16 matrices wrongly and knows no tensor cores: bf16 belongs to the gpu tests.
+"""
+
+import pytest
+import torch
+
+from models.ops.ssd import ssd_recurrent
+from tests.models.ops.test_ssd import assert_close, make_inputs, results_and_gradients
+
+# values on the other side of the diagonal overflow before they are masked away
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+SMALL = {
+    "chunk": {"Q": 32},
+    "scores": {"ROWS": 16, "BLOCK_N": 16},
+    "states": {"HEADS": 2, "BLOCK_K": 16, "BLOCK_N": 16},
+    "pass": {"BLOCK": 128},
+    "outputs": {"ROWS": 16, "BLOCK_K": 16, "BLOCK_N": 16},
+    "score_gradients": {"ROWS": 16},
+    "key_gradients": {"ROWS": 16, "BLOCK_K": 16, "BLOCK_N": 16},
+    "steps": {"HEADS": 2},
+}
+
+
+@pytest.fixture
+def kernels(interpreter, monkeypatch):
+    """The operator on tiles so small that every loop and every edge is met by short sequences."""
+    from models.ops import ssd_triton
+
+    monkeypatch.setitem(ssd_triton.CONFIGS, 4, SMALL)
+    return ssd_triton.ssd_triton
+
+
+def single(inputs):
+    return {name: t.detach().float().requires_grad_() for name, t in inputs.items()}
+
+
+@pytest.mark.parametrize(("batch", "length", "groups"), [(1, 1, 1), (1, 50, 1), (2, 33, 2)])
+def test_kernels_equal_the_recurrence(kernels, batch, length, groups):
+    inputs = make_inputs(batch, length, groups=groups, state_size=32)
+    expected = results_and_gradients(ssd_recurrent, inputs)
+    found = results_and_gradients(kernels, single(inputs), cu_seqlens=None)
+    assert_close(found, expected, 2e-5)
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_packed_sequences_do_not_see_each_other(kernels, rows, monkeypatch):
+    for kernel in ("outputs", "key_gradients"):
+        monkeypatch.setitem(SMALL, kernel, {**SMALL[kernel], "ROWS": rows})
+    cu_seqlens = torch.tensor([0, 1, 33, 33, 70])
+    inputs = make_inputs(1, 70, sequences=4, state_size=16)
+    expected = results_and_gradients(ssd_recurrent, inputs, cu_seqlens=cu_seqlens)
+    found = results_and_gradients(kernels, single(inputs), cu_seqlens=cu_seqlens)
+    assert_close(found, expected, 2e-5)
+
+
+def test_strong_decay_stays_finite(kernels):
+    inputs = make_inputs(1, 70, strength=50.0, state_size=16)
+    expected = results_and_gradients(ssd_recurrent, inputs)
+    found = results_and_gradients(kernels, single(inputs), cu_seqlens=None)
+    # the gradient of A sums what exp(-50) leaves: its running sums keep fp32 accuracy, not more
+    assert_close({**found, "A": expected["A"]}, expected, 2e-5)
+    assert_close({"A": found["A"]}, {"A": expected["A"]}, 5e-3)
+
+
+def test_a_slice_of_a_projection_is_read_in_place(kernels):
+    inputs = single(make_inputs(1, 40, state_size=16))
+    x, B = inputs["x"], inputs["B"]
+    wide = torch.cat([x.flatten(2), B.flatten(2)], dim=2)
+    sliced, _ = kernels(
+        **{
+            **inputs,
+            "x": wide[..., : x[0, 0].numel()].view(x.shape),
+            "B": wide[..., x[0, 0].numel() :].view(B.shape),
+        },
+        output_final_state=False,
+        cu_seqlens=None,
+    )
+    torch.testing.assert_close(sliced, kernels(**inputs, output_final_state=False, cu_seqlens=None)[0])
