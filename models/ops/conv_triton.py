@@ -1,8 +1,8 @@
 """Triton kernels of the causal convolution: convolution, bias and SiLU in one pass each way.
 
 Inputs may be a slice of a wider projection: only the channel axis must be contiguous. A token knows the
-bounds of its sequence, and inputs before them come from the initial state or are zero. The backward recomputes
-the convolution from inputs that the tile has loaded anyway: nothing but the inputs is kept.
+bounds of its sequence, and inputs before them come from the initial state or are zero. The backward repeats
+the convolution on inputs that the tile has loaded anyway: nothing but the inputs is kept.
 """
 
 import torch
