@@ -14,7 +14,7 @@ from .store import Record, Store
 
 T = TypeVar("T")
 WINDOW_ITEMS = 256  # items sorted by length together; more pad less and hold more memory
-WINDOW_TOKENS = 2**23
+WINDOW_TOKENS = 2**18
 
 
 class Session:

@@ -1,0 +1,145 @@
+"""Prefill and decoding speed of the evaluation's own code, from random weights: no download.
+
+    python -m benchmarks.inference                # both 1.3B shapes, as published and expanded, at 64K
+    python -m benchmarks.inference model=gla-1.3B drop_prop=6 length=65536 batch=1,8
+
+Prints a line of JSON for each shape and batch size: prefill and decode tokens/s (summed over the batch) and
+peak memory; then for a passkey task the share of its time that was spent outside the model.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.items import GENERATE, Item, as_tokens
+from eval.model import EvalModel
+from eval.registry import select
+from eval.scripted import byte_tokenizer
+from eval.session import Session
+from eval.settings import read_settings
+from eval.store import Store
+from models import build_model, expand_state, state_report
+from models.command_line import run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure prefill and decoding.
+
+    model=NAME,...     files of configs/models (gla-1.3B,mamba2-1.3B)
+    drop_prop=N,...    expand every N-th layer with the family's default mode; 0 leaves the model as it is
+    (0,6) length=N           tokens of the prompt (65536)
+    batch=N,...        prompts at once (1,8)
+    new_tokens=N       tokens decoded (256)
+    piece=N            tokens of the prompt read at once (8192)
+    tasks=true         also run a passkey task and report the share of its time outside the model
+    """
+
+    model: str = "gla-1.3B,mamba2-1.3B"
+    drop_prop: str = "0,6"
+    length: int = 65536
+    batch: str = "1,8"
+    new_tokens: int = 256
+    piece: int = 8192
+    tasks: bool = True
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def timed(action: Callable[[], Any]) -> float:
+    if device() == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    if device() == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def prompts(count: int, length: int, new_tokens: int, vocabulary: int) -> list[Item]:
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(1, vocabulary, (count, length), generator=draw).numpy()
+    return [
+        Item("speed", str(i), GENERATE, as_tokens(row), max_new_tokens=new_tokens)
+        for i, row in enumerate(rows)
+    ]
+
+
+def build(name: str, drop_prop: int) -> Any:
+    dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+    model = build_model(ROOT / f"configs/models/{name}.json", device=device(), dtype=dtype)
+    if drop_prop:
+        expand_state(model, drop_prop)
+    return model.eval()
+
+
+def measure(model: EvalModel, count: int, arguments: Arguments) -> dict[str, float]:
+    """The first call warms kernels up; decoding is the difference of a long and a one-token generation."""
+    model.end_ids = []  # random weights end texts at random
+    vocabulary = 256
+    one = prompts(count, arguments.length, 1, vocabulary)
+    many = prompts(count, arguments.length, 1 + arguments.new_tokens, vocabulary)
+    model.answer(many[:1] if count == 1 else many)
+    if device() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    prefill = min(timed(lambda: model.answer(one)) for _ in range(2))
+    both = min(timed(lambda: model.answer(many)) for _ in range(2))
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device() == "cuda" else 0.0
+    return {
+        "prefill_tokens_per_second": count * arguments.length / prefill,
+        "decode_tokens_per_second": count * arguments.new_tokens / max(both - prefill, 1e-9),
+        "prefill_seconds": prefill,
+        "peak_gb": peak,
+    }
+
+
+def share_outside(model: EvalModel, length: int) -> float:
+    """Of a passkey task: writing prompts, tokenising, scoring and keeping answers."""
+    settings = read_settings(["model=speed", f"lengths={length}", "limit=16"])
+    ((family, task),) = select(["passkey"])
+    identity = {"path": "speed", "weights": "", "config": "", "tokenizer": "", "dtype": None}
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "speed", identity) as store:
+        session = Session(model, store, "speed", quiet=True)
+        assert family.build is not None
+        session.run(task, family.build(task, settings, model.tokenizer))
+    return 1 - session.model_seconds[task] / session.seconds[task]
+
+
+def act(arguments: Arguments) -> None:
+    where = torch.cuda.get_device_name() if device() == "cuda" else "cpu"
+    for name in arguments.model.split(","):
+        for drop_prop in (int(text) for text in arguments.drop_prop.split(",")):
+            model = build(name, drop_prop)
+            evaluated = EvalModel(model, byte_tokenizer(), piece=arguments.piece, batch_tokens=2**17)
+            shape = {
+                "model": name,
+                "drop_prop": drop_prop,
+                "state_elements": state_report(model).total_elements,
+                "length": arguments.length,
+                "piece": arguments.piece,
+                "device": where,
+            }
+            for count in (int(text) for text in arguments.batch.split(",")):
+                figures = measure(evaluated, count, arguments)
+                rounded = {key: round(value, 3) for key, value in figures.items()}
+                print(json.dumps({**shape, "batch": count, **rounded}), flush=True)
+            if arguments.tasks:  # last: the kernels are warm
+                outside = round(share_outside(evaluated, arguments.length), 4)
+                print(json.dumps({**shape, "passkey_share_outside_model": outside}), flush=True)
+            del model, evaluated
+            if device() == "cuda":
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(Arguments, act))
