@@ -79,6 +79,18 @@ def dtype_of(settings: Settings) -> str | None:
     return settings.dtype or ("bfloat16" if device_of(settings).startswith("cuda") else None)
 
 
+def check_machine(settings: Settings) -> None:
+    """Raises ValueError for a device that is not here, or a dtype that torch does not know."""
+    device = device_of(settings)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device} cannot be used: {str(error).splitlines()[0]}") from None
+    dtype = getattr(torch, settings.dtype or "float32", None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={settings.dtype!r}: expected bfloat16, float16, float32 or float64")
+
+
 def identify(source: Source, settings: Settings) -> dict[str, Any]:
     """What answers depend on besides the item: the bytes of weights, config and tokenizer."""
     if source.scripted is not None:

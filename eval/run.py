@@ -55,6 +55,7 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, Tasks, dict[str, str], list[
     chosen = select(settings.tasks)
     for family in {family.name: family for family, _ in chosen}.values():
         family.check(settings)
+    opening.check_machine(settings)
     sources = opening.find_sources(settings.models)
     for source in sources:
         opening.check_source(source, settings)

@@ -27,6 +27,8 @@ FAST = ["plots=false", "limit=2", "lengths=512"]
         ("model=nowhere", "is no folder"),
         ("model=scripted:parrot", "oracle, silent, rambling"),
         ("corpus=nowhere", "does not exist"),
+        ("device=abacus", "cannot be used"),
+        ("dtype=int8", "expected bfloat16"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(argument: str, message: str, tmp_path: Path, capsys: Any) -> None:
