@@ -113,17 +113,16 @@ is_on() {
 
 # Where the run writes. Wrong keys, types and ranges show here already, before torch is imported.
 find_run_dir() {
-    RUN_DIR=$("$PYTHON" - "${ARGUMENTS[@]}" <<'PY'
+    RUN_DIR=$("$PYTHON" -c "$PRINT_RUN_DIR" "${ARGUMENTS[@]}") || exit
+}
+PRINT_RUN_DIR='
 import sys
 from training.config import ConfigError, parse_arguments
 try:
     print(parse_arguments(sys.argv[1:]).run_dir)
 except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-PY
-    ) || exit
-}
+    print("error:", error, file=sys.stderr)
+    sys.exit(2)'
 
 # Checks every argument in one process, because launchers turn any exit status into 1 and print a traceback.
 check_settings() {

@@ -43,7 +43,8 @@ import sys, torch
 version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 sys.exit(version < (2, 11))
 PY
-        packages=--system-site-packages
+        # its pip too: the one that venv brings comes with an old setuptools, which would hide the installed one
+        packages="--system-site-packages --without-pip"
     fi
     echo "setup: making .venv with $("$python" --version)"
     "$python" -m venv --clear $packages .venv ||
