@@ -6,8 +6,9 @@
 Every row runs in this one process, on random tokens, from random weights: a step is forward, backward,
 clipping and AdamW. Rows named `fla-*` are flash-linear-attention's own models in a plain loop with bf16
 parameters and every layer recomputed; all others are this repository's, with fp32 parameters and moments,
-bf16 products and automatic recomputation. `profile=true` adds each row's kernels, by share of one step. `memory_gb` caps what a row may take, so that a larger card answers
-for an 80 GB one. Prints a table and writes the same figures, with versions and the card's name, as JSON.
+bf16 products and automatic recomputation. `profile=true` adds each row's kernels, by share of one step.
+`memory_gb` caps what a row may take, so that a larger card answers for an 80 GB one. Prints a table and
+writes the same figures, with versions and the card's name, as JSON.
 """
 
 import gc

@@ -17,7 +17,7 @@ operator, on the first process only.
 import importlib
 import os
 import sys
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -33,7 +33,7 @@ _INSTALL = {
 _announced: set[str] = set()
 
 
-@lru_cache(maxsize=None)
+@cache
 def import_problem(package: str) -> str | None:
     """None when `package` imports, else one line that says why it does not and how to install it."""
     try:

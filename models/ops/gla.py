@@ -274,7 +274,7 @@ def _offered(q: Tensor, v: Tensor) -> tuple[str, ...]:
         return ("torch", "fla")
     # K and V that tile without a remainder: models/ops/gla_triton.py
     whole = all(16 <= size <= 4096 and size & (size - 1) == 0 for size in (K, v.shape[-1]))
-    return ("fla", "triton", "torch") if whole else ("fla", "torch")
+    return ("triton", "fla", "torch") if whole else ("fla", "torch")
 
 
 # --------------------------------------------------------------------------------------------------- shapes
