@@ -109,17 +109,20 @@ def _generation(tokenizer: Any, task: str, key: str, request: Any, answers: tupl
     )
 
 
-def run_task(name: str, label: str, folder: Path | None, limit: int | None, session: Session) -> list[Record]:
+def run_task(
+    name: str, label: str, home: str | None, folder: Path | None, limit: int | None, session: Session
+) -> list[Record]:
     """Documents of one lm-eval task with their scores, as records.
 
     Args:
         name: what lm-eval calls it; `label` is the name of the results.
+        home: lm-eval's own folder of the task, where it is known.
         folder: read the data set from here instead of the hub.
 
     Raises:
         ValueError: lm-eval does not know the task, or its data cannot be had.
     """
-    task = _load(name, folder)
+    task = _load(name, home, folder)
     from lm_eval import evaluator
 
     model = adapter(session, label, lambda request: gold_of(task, request))
@@ -130,14 +133,18 @@ def run_task(name: str, label: str, folder: Path | None, limit: int | None, sess
 
 
 @functools.cache
-def _manager() -> Any:
-    from lm_eval.tasks import TaskManager
+def _manager(home: str | None) -> Any:
+    """lm-eval's tasks; with `home` those of one folder alone, as reading all its YAML files takes seconds."""
+    from lm_eval import tasks
 
-    return TaskManager()  # reads hundreds of YAML files: seconds
+    if home is None:
+        return tasks.TaskManager()
+    folder = Path(tasks.__file__).parent / home
+    return tasks.TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def _load(name: str, folder: Path | None) -> Any:
-    manager = _manager()
+def _load(name: str, home: str | None, folder: Path | None) -> Any:
+    manager = _manager(home)
     if name not in manager.all_tasks:
         raise ValueError(f"lm-eval 0.4.13 has no task {name!r}; `lm_eval ls tasks` lists them")
     spec: Any = name

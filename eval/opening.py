@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,17 @@ from .model import EvalModel
 from .scripted import SCRIPTED, ScriptedModel, byte_tokenizer
 from .settings import Settings
 
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
 WEIGHTS = ("*.safetensors", "*.bin")
 PREFIX = "scripted:"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model as named on the command line, and the folder name of its answers."""
+    """A model as named on the command line, the folder that holds it, and the folder name of its answers."""
 
     path: str
+    folder: Path
     label: str
 
     @property
@@ -33,14 +36,33 @@ class Source:
 
 def find_sources(paths: Sequence[str]) -> list[Source]:
     """Labels are the last part of each path, with as many parts more as it takes to tell them apart."""
+    folders = [folder_of(path) for path in paths]
     parts = [Path(path).resolve().parts if not path.startswith(PREFIX) else (path,) for path in paths]
     sources = []
-    for path, own in zip(paths, parts):
+    for path, folder, own in zip(paths, folders, parts):
         depth = 1
         while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in parts) > 1:
             depth += 1
-        sources.append(Source(path, "_".join(own[-depth:]).replace(":", "_").replace("/", "_")))
+        sources.append(Source(path, folder, "_".join(own[-depth:]).replace(":", "_").replace("/", "_")))
     return sources
+
+
+def folder_of(path: str) -> Path:
+    """The folder itself, or what OWNER/NAME of the Hub was fetched into.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if path.startswith(PREFIX) or Path(path).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        return Path(path)
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=HUB_FILES))
+    except (OSError, HTTPError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model={path} is no folder, and the Hub does not give it ({reason})") from None
 
 
 def check_source(source: Source, settings: Settings) -> None:
@@ -49,7 +71,7 @@ def check_source(source: Source, settings: Settings) -> None:
         if source.scripted not in SCRIPTED:
             raise ValueError(f"model={source.path}: scripted models are {', '.join(SCRIPTED)}")
         return
-    folder = Path(source.path)
+    folder = source.folder
     if not folder.is_dir():
         raise ValueError(
             f"model={source.path} is no folder; for a starting point: "
@@ -62,7 +84,7 @@ def check_source(source: Source, settings: Settings) -> None:
             f"model={source.path} has no weights (no file like {' or '.join(WEIGHTS)}); an interrupted "
             "download or save, or the folder above the checkpoint?"
         )
-    load_tokenizer(settings.tokenizer or source.path)
+    load_tokenizer(settings.tokenizer or str(folder))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -95,8 +117,8 @@ def identify(source: Source, settings: Settings) -> dict[str, Any]:
     """What answers depend on besides the item: the bytes of weights, config and tokenizer."""
     if source.scripted is not None:
         return {"path": source.path, "weights": "none", "config": "none", "tokenizer": "bytes", "dtype": None}
-    folder = Path(source.path)
-    tokenizer = Path(settings.tokenizer or source.path)
+    folder = source.folder
+    tokenizer = Path(settings.tokenizer or folder)
     return {
         "path": source.path,
         "weights": _digest(_weight_files(folder)),
@@ -132,8 +154,8 @@ def open_model(source: Source, settings: Settings) -> EvalModel | ScriptedModel:
     device = device_of(settings)
     default = 65536 if device.startswith("cuda") else 4096
     return EvalModel(
-        load_model(source.path, dtype_of(settings), device),
-        load_tokenizer(settings.tokenizer or source.path),
+        load_model(str(source.folder), dtype_of(settings), device),
+        load_tokenizer(settings.tokenizer or str(source.folder)),
         piece=settings.piece,
         batch_tokens=settings.batch_tokens or default,
         allow_long=settings.allow_long,

@@ -84,6 +84,6 @@ def _family_of_task(name: str) -> Family:
         if name in family.tasks + family.extra:
             return family
         known += [family.name, *family.tasks, *family.extra]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the families are {', '.join(FAMILIES)}"
     raise ValueError(f"unknown task {name!r}; {hint}")

@@ -17,7 +17,8 @@ class EvalArguments:
 
     python -m eval model=FOLDER[,FOLDER...] [key=value ...]
 
-    model=FOLDER,...     folders that load_pretrained opens, or of causal models of transformers; or
+    model=FOLDER,...     folders that load_pretrained opens; causal models of transformers, in folders or as
+                         OWNER/NAME of the Hub; or
                          scripted:oracle, scripted:silent, scripted:rambling, which try tasks without a model
     tasks=NAME,...       families or single tasks (all families); tasks=list names them, and any task
                          of lm-eval is lm_eval:NAME

@@ -10,24 +10,24 @@ from ..session import Session
 from ..settings import Settings
 from ..store import Record
 
-# our name: (lm-eval's name, folder of its data)
+# our name: (lm-eval's name, its folder in lm-eval, folder of its data)
 TASKS = {
-    "piqa": ("piqa", "piqa"),
-    "hellaswag": ("hellaswag", "hellaswag"),
-    "winogrande": ("winogrande", "winogrande"),
-    "arc_easy": ("arc_easy", "ai2_arc"),
-    "arc_challenge": ("arc_challenge", "ai2_arc"),
-    "siqa": ("social_iqa", "siqa"),
+    "piqa": ("piqa", "piqa", "piqa"),
+    "hellaswag": ("hellaswag", "hellaswag", "hellaswag"),
+    "winogrande": ("winogrande", "winogrande", "winogrande"),
+    "arc_easy": ("arc_easy", "arc", "ai2_arc"),
+    "arc_challenge": ("arc_challenge", "arc", "ai2_arc"),
+    "siqa": ("social_iqa", "siqa", "siqa"),
 }
 
 
 def _folder(task: str, settings: Settings) -> Path | None:
-    return settings.data / TASKS[task][1] if task in TASKS else None
+    return settings.data / TASKS[task][2] if task in TASKS else None
 
 
 def run(task: str, settings: Settings, session: Session) -> list[Record]:
-    name = TASKS[task][0] if task in TASKS else task.removeprefix(HARNESS_PREFIX)
-    return harness.run_task(name, task, _folder(task, settings), settings.limit, session)
+    name, home, _ = TASKS.get(task, (task.removeprefix(HARNESS_PREFIX), None, None))
+    return harness.run_task(name, task, home, _folder(task, settings), settings.limit, session)
 
 
 def lacks(task: str, settings: Settings) -> str | None:

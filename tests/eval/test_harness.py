@@ -54,7 +54,7 @@ def test_options_that_all_tie_are_no_answer() -> None:
 
 def test_an_unknown_lm_eval_task_is_named() -> None:
     with pytest.raises(ValueError, match="has no task 'piqqa'"):
-        harness._load("piqqa", None)
+        harness._load("piqqa", "piqa", None)
 
 
 def test_sampled_answers_are_refused(tokenizer: Any, session: Callable, llama: Any) -> None:

@@ -113,6 +113,18 @@ def test_models_without_a_cache_of_their_own_are_read_whole(tokenizer: Any) -> N
     assert evaluated.answer([item]) == [tokenizer.decode(greedy(model.eval(), item.tokens, 5))]
 
 
+def test_a_long_prompt_is_never_in_memory_at_once(tiny_folders: Any, tokenizer: Any) -> None:
+    model = load_pretrained(tiny_folders["mamba2"])
+    seen: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    long = Item("t", "k", "generate", as_tokens([65 + i % 7 for i in range(3001)]), max_new_tokens=2)
+    EvalModel(model, tokenizer, piece=256).answer([long])
+    assert sum(seen) == 3001 + 1  # and the first new token, which makes the second
+    assert max(seen) == 256
+
+
 def test_a_batch_beyond_the_memory_is_halved_then_read_in_smaller_pieces(
     tiny_folders: Any, tokenizer: Any, monkeypatch: Any
 ) -> None:

@@ -47,6 +47,22 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path, tiny_folders: Any, 
     assert "has no weights" in capsys.readouterr().err
 
 
+def test_a_model_of_the_hub_is_fetched_or_refused(
+    tmp_path: Path, tiny_folders: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    command = ["model=owner/name", "tasks=mqar", "pairs=2", f"output={tmp_path}", *FAST]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tiny_folders["gla"]))
+    assert main(command) == 0
+    assert (tmp_path / "name" / "answers" / "mqar.jsonl").exists()
+
+    def offline(name: str, **options: Any) -> str:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    assert main(command) == 2
+    assert "the Hub does not give it (no route)" in capsys.readouterr().err
+
+
 def test_without_data_a_family_says_so_and_the_others_go_on(tmp_path: Path, capsys: Any) -> None:
     common = ["model=scripted:oracle", f"output={tmp_path / 'out'}", f"data={tmp_path}", *FAST]
     assert main([*common, "tasks=recall,passkey,ppl"]) == 0

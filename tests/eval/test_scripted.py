@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from eval import ruler
 from eval.registry import load_families, select
 from eval.run import run_one
 from eval.scripted import SCRIPTED
@@ -26,22 +27,18 @@ RAMBLING = {
 }
 
 
-def needs_download(task: str) -> bool:
-    """nltk's sentence splitter is the one thing that a test cannot stand in for."""
-    if task not in ("niah_single_2", "niah_single_3", "niah_multikey_1"):
-        return False
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        return True
-    return False
+@pytest.fixture(autouse=True)
+def sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nltk's sentence splitter needs a download; for the essays of these tests full stops will do."""
+    ruler._generator()
+    monkeypatch.setattr("nltk.data.find", lambda name: name)
+    monkeypatch.setattr(
+        "lm_eval.tasks.ruler.prepare_niah.sent_tokenize",
+        lambda text: [f"{part}." for part in text.split(". ")],
+    )
 
 
 def score(name: str, task: str, settings: Settings, make: Callable[[Any], Any], tokenizer: Any) -> float:
-    if needs_download(task):
-        pytest.skip("nltk's punkt_tab is not on this machine")
     ((family, _),) = select([task])
     assert family.lacks(task, settings) is None
     records = run_one(family, task, settings, make(SCRIPTED[name](tokenizer)))
