@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from models.language_model import Block, LanguageModel, LanguageModelConfig
+from models.language_model import Block, LanguageModelConfig
 
 PROBE_TOKENS = 8192
-_USABLE = 0.95  # of the memory; the rest goes to the allocator's gaps and to NCCL
 
 
 @dataclass(frozen=True)
@@ -49,27 +48,6 @@ def probe_layers(
             measured[key] = [_probe(block, level, config, autocast) for level in block_class.recompute_levels]
         result.append(measured[key])
     return result
-
-
-def measured_levels(
-    model: LanguageModel, tokens: int, memory: float, fixed: float, autocast: bool
-) -> list[str]:
-    """The fastest levels that fit, measured on the model's device.
-
-    Args:
-        model: on a CUDA device, or to be trained on the current one.
-        tokens: tokens of a micro-batch.
-        memory: bytes of the GPU that may be used.
-        fixed: bytes of weights, gradients and optimiser.
-        autocast: whether training runs under bf16 autocast.
-    """
-    device = torch.device("cuda", torch.cuda.current_device())
-    layers = probe_layers(model.config, model.block_class, device, autocast)
-    torch.cuda.empty_cache()
-    # the last hidden states, their norm and both gradients, and the head's chunk of logits with its weight
-    # gradient
-    head = 16 * tokens * model.config.hidden_size + 2e9
-    return assign_levels(layers, tokens, _USABLE * memory - fixed - head)
 
 
 def assign_levels(layers: Sequence[Sequence[LevelCost]], tokens: int, budget: float) -> list[str]:

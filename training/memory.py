@@ -5,6 +5,7 @@ from typing import Any
 
 from models.report import LayerReport, StateReport
 from training.config import RunConfig
+from training.rules import accumulation
 
 LEVELS = ("none", "mlp", "full")  # what a layer recomputes in the backward pass, least first
 # tokens between two states that the backward pass keeps in fp32, by model type
@@ -51,7 +52,9 @@ def optimizer_bytes(parameters: int, config: RunConfig, world_size: int) -> int:
     """fp32 weights, gradients and AdamW's moments of one rank.
 
     ZeRO-1 and 2 hold their own flat master copy of a rank's share besides the weights; ZeRO-2 frees gradients
-    of other shares as they come; ZeRO-3 shares out everything. The reduction buckets add 0.4 GB each way.
+    of other shares as they come; ZeRO-3 shares out everything. The reduction buckets add 0.4 GB each way. A
+    single process without accumulation has no gradients yet when activations are at their peak: they come as
+    those go.
     """
     share = parameters / world_size
     buckets = 2 * 4 * 2e8
@@ -60,7 +63,8 @@ def optimizer_bytes(parameters: int, config: RunConfig, world_size: int) -> int:
         "zero2": 4 * parameters + 20 * share + buckets,
         "zero3": 20 * share + 2 * buckets,
     }
-    return int(per_kind.get(config.launch, 16 * parameters))
+    alone = world_size == 1 and accumulation(config, 1) == 1
+    return int(per_kind.get(config.launch, (12 if alone else 16) * parameters))
 
 
 def _saved_bytes(model_config: Any, level: str, config: RunConfig) -> int:

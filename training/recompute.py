@@ -10,23 +10,28 @@ from training.activation_probe import assign_levels, probe_layers
 from training.config import RunConfig
 from training.memory import LEVELS, estimate_memory, head_bytes, optimizer_bytes
 
-_USABLE = 0.92  # of a GPU's memory; the rest goes to the allocator's gaps and NCCL
+_USABLE = 0.95  # of a GPU's memory; the rest goes to the allocator's gaps and NCCL
 
 
 def choose_recompute(
-    model: LanguageModel, config: RunConfig, world_size: int, device: torch.device
+    model: LanguageModel,
+    config: RunConfig,
+    world_size: int,
+    device: torch.device,
+    memory: float | None = None,
 ) -> list[str]:
     """A level for each layer: what `recompute` says; with `auto` none on CPU, the fastest that fits on GPU.
 
     Costs are measured on the GPU itself (training.activation_probe). All ranks must follow one rank's answer:
-    under ZeRO-3 the recomputation gathers weights, in the same order everywhere.
+    under ZeRO-3 the recomputation gathers weights, in the same order everywhere. `memory` stands for the
+    bytes of a smaller GPU than the one at hand.
     """
     report = state_report(model)
     if config.recompute != "auto" or device.type != "cuda":
         return choose_levels(report, model.config, config, world_size, None)
     costs = probe_layers(model.config, type(model.blocks[0]), device, autocast=config.dtype == "bf16")
     torch.cuda.empty_cache()
-    usable = _USABLE * torch.cuda.get_device_properties(device).total_memory
+    usable = _USABLE * (memory or torch.cuda.get_device_properties(device).total_memory)
     taken = optimizer_bytes(report.total_parameters, config, world_size) + head_bytes(model.config, config)
     return assign_levels(costs, config.max_len * config.batch_size, usable - taken)
 
