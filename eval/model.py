@@ -30,6 +30,9 @@ class EvalModel:
         piece: tokens of a prompt read at once.
         batch_tokens: how many tokens a batch may hold, padding included.
         allow_long: accept prompts beyond what the tokenizer's folder names as its greatest length.
+
+    Raises:
+        ValueError: the tokenizer has tokens that the model does not know.
     """
 
     max_rows = 32
@@ -43,6 +46,11 @@ class EvalModel:
         batch_tokens: int = 4096,
         allow_long: bool = False,
     ) -> None:
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model knows {rows}: is it another model's?"
+            )
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.piece = piece

@@ -47,6 +47,19 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path, tiny_folders: Any, 
     assert "has no weights" in capsys.readouterr().err
 
 
+def test_the_tokenizer_of_another_model_is_refused(
+    tmp_path: Path, tokenizer: Any, tiny_folders: Any, capsys: Any
+) -> None:
+    import copy
+
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens([f"word{i}" for i in range(50)])
+    larger.save_pretrained(tmp_path / "tokenizer")
+    command = [f"model={tiny_folders['gla']}", f"tokenizer={tmp_path / 'tokenizer'}", "tasks=mqar"]
+    assert main([*command, f"output={tmp_path / 'out'}"]) == 1
+    assert "307 tokens and the model knows 257" in capsys.readouterr().err
+
+
 def test_a_model_of_the_hub_is_fetched_or_refused(
     tmp_path: Path, tiny_folders: Any, monkeypatch: Any, capsys: Any
 ) -> None:
