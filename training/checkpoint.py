@@ -113,11 +113,11 @@ def full_state_dict(distribution: Distribution, model: nn.Module) -> dict[str, t
     """The whole weights on rank 0, None elsewhere; collective. Under ZeRO-3 each rank holds only a share."""
     if not (distribution.uses_deepspeed and distribution.engine.zero_optimization_stage() == 3):
         return model.state_dict() if distribution.is_main else None
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     whole: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             if distribution.is_main:
                 whole[name] = parameter.detach().to("cpu", copy=True)
     return whole if distribution.is_main else None

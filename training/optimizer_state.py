@@ -24,9 +24,9 @@ def save_optimizer_state(
 ) -> None:
     """Write `optimizer-00000.safetensors`, ...: `{parameter}.exp_avg`, `{parameter}.exp_avg_sq`.
 
-    `updates` is the number of updates that AdamW has made; before the first there is nothing to save. Collective:
-    every rank must call it; rank 0 writes. A failure to write is raised only after every
-    parameter was gathered, so that no other rank waits for ever.
+    `updates` is the number of updates that AdamW has made; before the first there is nothing to save.
+    Collective: every rank must call it; rank 0 writes. A failure to write is raised only after every parameter
+    was gathered, so that no other rank waits for ever.
     """
     shard: dict[str, torch.Tensor] = {}
     failure: Exception | None = None
@@ -142,7 +142,7 @@ def _create_flat_state(distribution: Distribution, updates: int) -> None:
 
 
 def _link_moments(distribution: Distribution) -> None:
-    # DeepSpeed links parameters to their moments after the first group's first update, before the second has any
+    # DeepSpeed links parameters to their moments after the first group's update, before the second has any
     zero = distribution.engine.optimizer
     if distribution.engine.zero_optimization_stage() < 3:
         zero._hp_optimizer_states_linked = False
