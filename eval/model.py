@@ -49,7 +49,7 @@ class EvalModel:
         rows = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > rows:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens and the model knows {rows}: is it another model's?"
+                f"the tokenizer has {len(tokenizer)} tokens and the model knows {rows}: another model's?"
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -220,7 +220,9 @@ class EvalModel:
         """The continuation up to its end, and whether it has ended."""
         row = row[: item.max_new_tokens]
         ends = [row.index(end) for end in self.end_ids if end in row]
-        text = self.tokenizer.decode(row[: min(ends)] if ends else row, skip_special_tokens=True)
+        text = self.tokenizer.decode(
+            row[: min(ends)] if ends else row, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         cut = cut_at(text, item.stop)
         return cut, bool(ends) or len(row) == item.max_new_tokens or len(cut) < len(text)
 
