@@ -30,7 +30,7 @@ class Corpus:
 
 
 def names_fingerprint(names: list[str]) -> str:
-    """The same for a corpus, its compressed and its pretokenised copy: their positions are interchangeable."""
+    """The same for a corpus, its compressed and its pretokenised copy: their positions are the same."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
 
 

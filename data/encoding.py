@@ -47,7 +47,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 class Encoder:
-    """Encodes documents; `threads` > 1 splits a batch, as the tokenizers library releases the interpreter lock."""
+    """Encodes batches of documents on `threads` threads (the library releases the interpreter lock)."""
 
     def __init__(self, tokenizer, threads: int = 1) -> None:
         # the library's own threads do not survive a fork, which the loader's workers are; ours start after it

@@ -28,9 +28,10 @@ class BrokenLineError(Exception):
 
 
 def read_lines(path: Path, number: int = 0, offset: int | None = 0) -> Iterator[Line]:
-    """Lines from line `number` on, which starts at byte `offset` of the decompressed text (None: not known, then
-    the lines before it are read and dropped). A stream that breaks off ends with one line that carries the
-    problem.
+    """Lines from line `number` on, which starts at byte `offset` of the decompressed text.
+
+    Offset None is not known: then the lines before it are read and dropped. A stream that breaks off ends
+    with one line that carries the problem.
     """
     skip = number if offset is None else 0
     start = 0 if offset is None else offset

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data import worker
 from data.corpus import Corpus, open_corpus
 from data.encoding import Encoder, load_tokenizer, tokenizer_fingerprint
 from data.feeds import TextFeed, TokenFeed
@@ -81,20 +79,19 @@ class _MicroBatches(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         try:
             yield from self._batches()
-        except (
-            ValueError
-        ) as error:  # the user's to repair: the parent raises it as one line, without this traceback
+        except ValueError as error:
+            # the user's to repair: the parent raises it as one line, without this traceback
             yield {"error": str(error)}
 
     def _batches(self) -> Iterator[dict]:
         info = get_worker_info()
-        worker, n_workers = (info.id, info.num_workers) if info else (0, 1)
+        first, n_workers = (info.id, info.num_workers) if info else (0, 1)
         groups = self.recipe.micro_batches
-        mine = {(self.first + worker + i * n_workers) % len(groups) for i in range(len(groups))}
+        mine = {(self.first + first + i * n_workers) % len(groups) for i in range(len(groups))}
         slots = [slot for index in sorted(mine) for slot in groups[index]]
         health = Health()
         streams = self.recipe.streams({slot: self.positions[slot] for slot in slots}, health)
-        number, lines = self.first + worker, 0
+        number, lines = self.first + first, 0
         while True:
             group = groups[number % len(groups)]
             batch = collate(group, [streams[slot].take() for slot in group], self.recipe.reset_at_documents)
@@ -121,18 +118,8 @@ def collate(slots: tuple[int, ...], rows: list[Packed], reset_at_documents: bool
     return {"input_ids": input_ids, "labels": labels, "cu_seqlens": cu_seqlens, **batch}
 
 
-def _start_worker(_worker_id: int) -> None:
-    """A scheduler signals every process of a job: the trainer decides what that means, workers follow it."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    parent = os.getppid()
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+def _start_worker(lifeline: worker.Lifeline, _worker_id: int) -> None:
+    worker.hold(lifeline)
 
 
 class TrainingLoader:
@@ -197,23 +184,31 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[dict]:
         """Goes on after the last batch handed out (or the loaded state)."""
-        batches = iter(
+        with worker.lifeline() as lifeline:
+            batches = self._start(lifeline)
+            try:
+                for batch in batches:
+                    if "error" in batch:
+                        raise ValueError(batch["error"])
+                    self._report(batch.pop("lines"), batch.pop("broken"))
+                    self._positions.update(zip(batch["slots"], batch["positions"], strict=True))
+                    self._emitted += 1
+                    yield batch
+            finally:
+                # ends the workers in good order, where no traceback holds them; the lifeline ends the others
+                del batches
+
+    def _start(self, lifeline: worker.Lifeline) -> Iterator[dict]:
+        return iter(
             DataLoader(
                 _MicroBatches(self._recipe, dict(self._positions), self._emitted),
                 batch_size=None,
                 num_workers=self._processes,
                 prefetch_factor=self._prefetch if self._processes else None,
                 pin_memory=self._pin_memory,
-                worker_init_fn=_start_worker,
+                worker_init_fn=partial(_start_worker, lifeline),
             )
         )
-        for batch in batches:
-            if "error" in batch:
-                raise ValueError(batch["error"])
-            self._report(batch.pop("lines"), batch.pop("broken"))
-            self._positions.update(zip(batch["slots"], batch["positions"], strict=True))
-            self._emitted += 1
-            yield batch
 
     def _report(self, lines: int, broken: list[BrokenReport]) -> None:
         for report in broken:
