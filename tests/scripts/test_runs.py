@@ -139,7 +139,9 @@ def test_setup_is_idempotent_and_refuses_what_it_cannot_do(tmp_path):
     def setup(*arguments: str) -> subprocess.CompletedProcess:
         command = ["bash", "scripts/setup.sh", *arguments]
         settings = environment(PIP_NO_INDEX="1")
-        return subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=240)
+        return subprocess.run(
+            command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=240
+        )
 
     first = setup("system=true", f"python={environment()['STATEX_PYTHON']}")
     assert first.returncode == 0, first.stderr
