@@ -37,11 +37,10 @@ def main(arguments: list[str]) -> int:
     if unknown or not given.get("rounds", "5").isdigit() or int(given.get("rounds", "5")) < 1:
         print("benchmarks.cpu_model: takes rounds=N, N at least 1", file=sys.stderr)
         return 2
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    rounds = int(given.get("rounds", "5"))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; forward and backward")
     for family in SHAPES:
-        print(
-            f"{family}: {tokens_per_second(family, int(given.get('rounds', '5'))):,.0f} tokens/s forward and backward"
-        )
+        print(f"{family}: {tokens_per_second(family, rounds):,.0f} tokens/s")
     return 0
 
 
