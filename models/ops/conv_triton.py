@@ -1,8 +1,12 @@
 """Triton kernels of the causal convolution: convolution, bias and SiLU in one pass each way.
 
-Inputs may be a slice of a wider projection: only the channel axis must be contiguous. A token knows the
-bounds of its sequence, and inputs before them come from the initial state or are zero. The backward repeats
-the convolution on inputs that the tile has loaded anyway: nothing but the inputs is kept.
+A program marches along time with a slice of the channels and keeps the last inputs in registers, so that
+every input is read once, in vectors along the channels. Inputs may be a slice of a wider projection: only
+the channel axis must be contiguous. The backward repeats the convolution on the inputs that it reads anyway:
+nothing but the inputs is kept. It delays dx by three tokens, until all that a token feeds has been seen.
+
+Legend: `past`, how many tokens of its sequence lie before a token; w1 the weight of the input one token back;
+p1, p2, p3 the inputs one, two and three tokens back.
 """
 
 import torch
@@ -14,70 +18,138 @@ try:
 except ImportError as error:
     raise ImportError("models/ops/conv_triton.py needs triton") from error
 
-FORWARD = {"ROWS": 64, "BLOCK": 64, "num_warps": 4}
-BACKWARD = {"ROWS": 32, "BLOCK": 64, "num_warps": 8}
-TOKENS_PER_PROGRAM = 256  # of the backward: as many tokens share one partial gradient of the weights
+# TOKENS: as many share one partial gradient of the weights, and read three more on each side
+FORWARD = {"TOKENS": 128, "BLOCK": 256, "num_warps": 2}
+BACKWARD = {"TOKENS": 128, "BLOCK": 256, "num_warps": 2}
 
 
 @triton.jit
-def _input(x_ptr, initial_ptr, token, start, end, sequence, channel, x_stride, D, known,
-           W: tl.constexpr, HAS_INITIAL: tl.constexpr):  # fmt: skip
-    """Inputs `[rows, channels]` of tokens, also before their sequence (initial state) or behind it (0)."""
-    inside = (token >= start) & (token < end)
-    x = tl.load(x_ptr + token[:, None] * x_stride + channel[None, :], mask=inside[:, None] & known, other=0.0)
-    x = x.to(tl.float32)
-    if HAS_INITIAL:
-        before = (token < start)[:, None] & known
-        place = (sequence[:, None] * D + channel[None, :]) * (W - 1) + (token - start + W - 1)[:, None]
-        x += tl.load(initial_ptr + place, mask=before, other=0.0).to(tl.float32)
-    return x
+def _weight(weight_ptr, channel, known, BACK: tl.constexpr, W: tl.constexpr):
+    """The weight of the input BACK tokens ago, zero beyond the width."""
+    if BACK < W:
+        return tl.load(weight_ptr + channel * W + (W - 1 - BACK), mask=known, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(channel.shape, tl.float32)
 
 
 @triton.jit
-def _bounds(sequence_ptr, offsets_ptr, token, tokens):
-    """Sequence of every token, its first token, and the token behind its last one."""
-    known = token < tokens
-    sequence = tl.load(sequence_ptr + token, mask=known, other=0)
-    start = tl.load(offsets_ptr + sequence)
-    end = tl.load(offsets_ptr + sequence + 1)
-    return sequence, start, end, known
-
-
-@triton.jit
-def _before_activation(
-    x_ptr, weight_ptr, bias_ptr, initial_ptr, token, start, end, sequence, channel, x_stride, D, known,
-    W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-):  # fmt: skip
-    total = tl.zeros(known.shape, tl.float32)
+def _bias(bias_ptr, channel, known, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
-        total += tl.load(bias_ptr + channel, mask=channel < D, other=0.0).to(tl.float32)[None, :]
-    for w in tl.static_range(W):
-        weight = tl.load(weight_ptr + channel * W + w, mask=channel < D, other=0.0).to(tl.float32)
-        back = token - (W - 1 - w)
-        x = _input(
-            x_ptr, initial_ptr, back, start, end, sequence, channel, x_stride, D, known, W, HAS_INITIAL
-        )
-        total += weight[None, :] * x
+        return tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(channel.shape, tl.float32)
+
+
+@triton.jit
+def _row(row_ptr, token, stride, channel, known, length):
+    """One token's slice of channels, zero outside the row."""
+    mask = known & (token >= 0) & (token < length)
+    return tl.load(row_ptr + token * stride + channel, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _before(previous, initial_ptr, past, sequence, channel, known, D, BACK: tl.constexpr, W: tl.constexpr,
+            HAS_INITIAL: tl.constexpr):  # fmt: skip
+    """The input BACK tokens ago: `previous`, unless that lies before the sequence: initial state or zero."""
+    if BACK >= W:
+        return previous
+    elif HAS_INITIAL:
+        at = initial_ptr + (sequence * D + channel) * (W - 1) + (past - BACK + W - 1)
+        initial = tl.load(at, mask=known & (past < BACK), other=0.0).to(tl.float32)
+        return tl.where(past < BACK, initial, previous)
+    else:
+        return tl.where(past < BACK, 0.0, previous)
+
+
+@triton.jit
+def _history(row_ptr, initial_ptr, first, stride, sequence, channel, known, length, D, BACK: tl.constexpr,
+             W: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+    """The input BACK tokens before a program's first; tokens of packed rows check their bounds."""
+    previous = _row(row_ptr, first - BACK, stride, channel, known, length)
+    if PACKED:
+        return previous
+    else:
+        return _before(previous, initial_ptr, first, sequence, channel, known, D, BACK, W, HAS_INITIAL)
+
+
+@triton.jit
+def _bounds(past_ptr, sequence_ptr, token, length, sequence, PACKED: tl.constexpr):
+    """Past and sequence of one token; rows that are sequences have no bounds inside."""
+    if PACKED:
+        past = tl.load(past_ptr + token, mask=token < length, other=3)
+        return past, tl.load(sequence_ptr + token, mask=token < length, other=0)
+    else:
+        return 3, sequence
+
+
+@triton.jit
+def _convolve(x, p1, p2, p3, w0, w1, w2, w3, bias, W: tl.constexpr):
+    """All W products; a width below four leaves the last ones out."""
+    total = bias + w0 * x + w1 * p1
+    if W > 2:
+        total += w2 * p2
+    if W > 3:
+        total += w3 * p3
     return total
 
 
 @triton.jit
-def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, initial_ptr, sequence_ptr, offsets_ptr, y_ptr, tokens, D, x_stride,
-    W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
+def _forward_token(
+    x, p1, p2, p3, w0, w1, w2, w3, bias, y_ptr, initial_ptr, past_ptr, sequence_ptr, token, length, sequence,
+    channel, known, D, W: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sequence, start, end, real = _bounds(sequence_ptr, offsets_ptr, token, tokens)
-    known = real[:, None] & (channel < D)[None, :]
-    total = _before_activation(
-        x_ptr, weight_ptr, bias_ptr, initial_ptr, token, start, end, sequence, channel, x_stride, D, known,
-        W, HAS_BIAS, HAS_INITIAL,
-    )  # fmt: skip
+    if PACKED:
+        past, sequence = _bounds(past_ptr, sequence_ptr, token, length, sequence, PACKED)
+        p1 = _before(p1, initial_ptr, past, sequence, channel, known, D, 1, W, HAS_INITIAL)
+        p2 = _before(p2, initial_ptr, past, sequence, channel, known, D, 2, W, HAS_INITIAL)
+        p3 = _before(p3, initial_ptr, past, sequence, channel, known, D, 3, W, HAS_INITIAL)
+    total = _convolve(x, p1, p2, p3, w0, w1, w2, w3, bias, W)
     if SILU:
-        total *= tl.sigmoid(total)
-    tl.store(y_ptr + token[:, None] * D + channel[None, :], total.to(y_ptr.dtype.element_ty), mask=known)
+        total = tl.fdiv(total, 1 + tl.exp(-total))
+    tl.store(y_ptr + token * D + channel, total.to(y_ptr.dtype.element_ty), mask=known & (token < length))
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, initial_ptr, past_ptr, sequence_ptr, y_ptr, length, D, x_stride,
+    W: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Grid: (D / BLOCK, length / TOKENS, rows)."""
+    row = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * TOKENS
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    known = channel < D
+    x_ptr += row * length * x_stride
+    y_ptr += row * length * D
+    w0, w1 = _weight(weight_ptr, channel, known, 0, W), _weight(weight_ptr, channel, known, 1, W)
+    w2, w3 = _weight(weight_ptr, channel, known, 2, W), _weight(weight_ptr, channel, known, 3, W)
+    bias = _bias(bias_ptr, channel, known, HAS_BIAS)
+    p1 = _history(
+        x_ptr, initial_ptr, first, x_stride, row, channel, known, length, D, 1, W, HAS_INITIAL, PACKED
+    )
+    p2 = _history(
+        x_ptr, initial_ptr, first, x_stride, row, channel, known, length, D, 2, W, HAS_INITIAL, PACKED
+    )
+    p3 = _history(
+        x_ptr, initial_ptr, first, x_stride, row, channel, known, length, D, 3, W, HAS_INITIAL, PACKED
+    )
+    for step in range(0, TOKENS, 4):
+        token = first + step
+        # four rows on their way at a time: a single one would leave the memory idle
+        x0 = _row(x_ptr, token, x_stride, channel, known, length)
+        x1 = _row(x_ptr, token + 1, x_stride, channel, known, length)
+        x2 = _row(x_ptr, token + 2, x_stride, channel, known, length)
+        x3 = _row(x_ptr, token + 3, x_stride, channel, known, length)
+        _forward_token(x0, p1, p2, p3, w0, w1, w2, w3, bias, y_ptr, initial_ptr, past_ptr, sequence_ptr,
+                       token, length, row, channel, known, D, W, SILU, HAS_INITIAL, PACKED)  # fmt: skip
+        _forward_token(x1, x0, p1, p2, w0, w1, w2, w3, bias, y_ptr, initial_ptr, past_ptr, sequence_ptr,
+                       token + 1, length, row, channel, known, D, W, SILU, HAS_INITIAL, PACKED)  # fmt: skip
+        _forward_token(x2, x1, x0, p1, w0, w1, w2, w3, bias, y_ptr, initial_ptr, past_ptr, sequence_ptr,
+                       token + 2, length, row, channel, known, D, W, SILU, HAS_INITIAL, PACKED)  # fmt: skip
+        _forward_token(x3, x2, x1, x0, w0, w1, w2, w3, bias, y_ptr, initial_ptr, past_ptr, sequence_ptr,
+                       token + 3, length, row, channel, known, D, W, SILU, HAS_INITIAL, PACKED)  # fmt: skip
+        p1, p2, p3 = x3, x2, x1
 
 
 @triton.jit
@@ -87,75 +159,144 @@ def _silu_gradient(dy, value):
 
 
 @triton.jit
-def _backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, initial_ptr, sequence_ptr, offsets_ptr, dx_ptr, dweight_ptr,
-    tokens, D, x_stride, dy_stride,
-    W: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+def _backward_token(
+    dy, x, p1, p2, p3, d1, d2, d3, s0, s1, s2, s3, sb, w0, w1, w2, w3, bias, dx_ptr, initial_ptr, past_ptr,
+    sequence_ptr, token, first, length, sequence, channel, known, D, dx_stride,
+    W: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """dx, and this program's part of dweight and dbias: `[programs, W + 1, D]`, the last row dbias."""
+    """Adds a token's gradient to dx one, two and three tokens back (d1, d2, d3) and, if OWN, to the sums."""
+    past, sequence = _bounds(past_ptr, sequence_ptr, token, length, sequence, PACKED)
+    if PACKED:
+        p1 = _before(p1, initial_ptr, past, sequence, channel, known, D, 1, W, HAS_INITIAL)
+        p2 = _before(p2, initial_ptr, past, sequence, channel, known, D, 2, W, HAS_INITIAL)
+        p3 = _before(p3, initial_ptr, past, sequence, channel, known, D, 3, W, HAS_INITIAL)
+    gradient = dy
+    if SILU:
+        gradient = _silu_gradient(dy, _convolve(x, p1, p2, p3, w0, w1, w2, w3, bias, W))
+    back_1, back_2, back_3 = w1 * gradient, w2 * gradient, w3 * gradient
+    if PACKED:
+        back_1 = tl.where(past >= 1, back_1, 0.0)
+        back_2 = tl.where(past >= 2, back_2, 0.0)
+        back_3 = tl.where(past >= 3, back_3, 0.0)
+    ready = token - 3
+    mask = known & (ready >= first) & (ready < length)
+    tl.store(dx_ptr + ready * dx_stride + channel, (d3 + back_3).to(dx_ptr.dtype.element_ty), mask=mask)
+    if OWN:
+        s0 += gradient * x
+        s1 += gradient * p1
+        s2 += gradient * p2
+        s3 += gradient * p3
+        sb += gradient
+    return w0 * gradient, d1 + back_1, d2 + back_2, s0, s1, s2, s3, sb
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, initial_ptr, past_ptr, sequence_ptr, dx_ptr, dweight_ptr,
+    length, D, x_stride, dy_stride,
+    W: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """dx, and this program's part of dweight and dbias: `[programs, W + 1, D]`, the last row dbias.
+
+    Grid: (D / BLOCK, length / TOKENS, rows).
+    """
+    row = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * TOKENS
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    known = (channel < D)[None, :]
-    part = dweight_ptr + tl.program_id(1).to(tl.int64) * ((W + 1) * D) + channel
-    slot = tl.arange(0, 8)  # W + 1 accumulators side by side: Triton has no lists that change in loops
-    sums = tl.zeros([8, BLOCK], tl.float32)
-    for offset in range(0, TOKENS, ROWS):
-        token = tl.program_id(1).to(tl.int64) * TOKENS + offset + tl.arange(0, ROWS)
-        sequence, start, end, real = _bounds(sequence_ptr, offsets_ptr, token, tokens)
-        here = real[:, None] & known
-        dx = tl.zeros([ROWS, BLOCK], tl.float32)
-        for ahead in tl.static_range(W):
-            later = token + ahead
-            valid = (later < end)[:, None] & here
-            at = dy_ptr + later[:, None] * dy_stride + channel[None, :]
-            gradient = tl.load(at, mask=valid, other=0.0).to(tl.float32)
-            if SILU:
-                value = _before_activation(
-                    x_ptr, weight_ptr, bias_ptr, initial_ptr, later, start, end, sequence, channel, x_stride,
-                    D, here, W, HAS_BIAS, HAS_INITIAL,
-                )  # fmt: skip
-                gradient = _silu_gradient(gradient, value)
-            weight = tl.load(weight_ptr + channel * W + (W - 1 - ahead), mask=channel < D, other=0.0)
-            dx += weight.to(tl.float32)[None, :] * gradient
-            if ahead == 0:
-                for w in tl.static_range(W):
-                    back = token - (W - 1 - w)
-                    x = _input(x_ptr, initial_ptr, back, start, end, sequence, channel, x_stride, D, here, W,
-                               HAS_INITIAL)  # fmt: skip
-                    sums += tl.where(slot == w, 1.0, 0.0)[:, None] * tl.sum(gradient * x, axis=0)[None, :]
-                sums += tl.where(slot == W, 1.0, 0.0)[:, None] * tl.sum(gradient, axis=0)[None, :]
-        tl.store(dx_ptr + token[:, None] * D + channel[None, :], dx.to(dx_ptr.dtype.element_ty), mask=here)
-    tl.store(part[None, :] + slot[:, None] * D, sums, mask=(slot <= W)[:, None] & known)
+    known = channel < D
+    x_ptr += row * length * x_stride
+    dy_ptr += row * length * dy_stride
+    dx_ptr += row * length * D
+    w0, w1 = _weight(weight_ptr, channel, known, 0, W), _weight(weight_ptr, channel, known, 1, W)
+    w2, w3 = _weight(weight_ptr, channel, known, 2, W), _weight(weight_ptr, channel, known, 3, W)
+    bias = _bias(bias_ptr, channel, known, HAS_BIAS)
+    p1 = _history(
+        x_ptr, initial_ptr, first, x_stride, row, channel, known, length, D, 1, W, HAS_INITIAL, PACKED
+    )
+    p2 = _history(
+        x_ptr, initial_ptr, first, x_stride, row, channel, known, length, D, 2, W, HAS_INITIAL, PACKED
+    )
+    p3 = _history(
+        x_ptr, initial_ptr, first, x_stride, row, channel, known, length, D, 3, W, HAS_INITIAL, PACKED
+    )
+    zero = tl.zeros([BLOCK], tl.float32)
+    d1, d2, d3 = zero, zero, zero
+    s0, s1, s2, s3, sb = zero, zero, zero, zero, zero
+    for step in range(0, TOKENS, 2):
+        token = first + step
+        x0 = _row(x_ptr, token, x_stride, channel, known, length)
+        x1 = _row(x_ptr, token + 1, x_stride, channel, known, length)
+        dy0 = _row(dy_ptr, token, dy_stride, channel, known, length)
+        dy1 = _row(dy_ptr, token + 1, dy_stride, channel, known, length)
+        d1, d2, d3, s0, s1, s2, s3, sb = _backward_token(
+            dy0, x0, p1, p2, p3, d1, d2, d3, s0, s1, s2, s3, sb, w0, w1, w2, w3, bias, dx_ptr, initial_ptr,
+            past_ptr, sequence_ptr, token, first, length, row, channel, known, D, D,
+            W, SILU, HAS_INITIAL, PACKED, True,
+        )  # fmt: skip
+        d1, d2, d3, s0, s1, s2, s3, sb = _backward_token(
+            dy1, x1, x0, p1, p2, d1, d2, d3, s0, s1, s2, s3, sb, w0, w1, w2, w3, bias, dx_ptr, initial_ptr,
+            past_ptr, sequence_ptr, token + 1, first, length, row, channel, known, D, D,
+            W, SILU, HAS_INITIAL, PACKED, True,
+        )  # fmt: skip
+        p1, p2, p3 = x1, x0, p1
+    for ahead in tl.static_range(3):  # tokens of the next program that this one's last inputs feed
+        token = first + TOKENS + ahead
+        x = _row(x_ptr, token, x_stride, channel, known, length)
+        dy = _row(dy_ptr, token, dy_stride, channel, known, length)
+        d1, d2, d3, s0, s1, s2, s3, sb = _backward_token(
+            dy, x, p1, p2, p3, d1, d2, d3, s0, s1, s2, s3, sb, w0, w1, w2, w3, bias, dx_ptr, initial_ptr,
+            past_ptr, sequence_ptr, token, first, length, row, channel, known, D, D,
+            W, SILU, HAS_INITIAL, PACKED, False,
+        )  # fmt: skip
+        p1, p2, p3 = x, p1, p2
+    part = dweight_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * ((W + 1) * D) + channel
+    tl.store(part + (W - 1) * D, s0, mask=known)
+    tl.store(part + (W - 2) * D, s1, mask=known)
+    if W > 2:
+        tl.store(part + (W - 3) * D, s2, mask=known)
+    if W > 3:
+        tl.store(part + (W - 4) * D, s3, mask=known)
+    tl.store(part + W * D, sb, mask=known)
 
 
 @triton.jit
 def _initial_gradient_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, initial_ptr, offsets_ptr, dinitial_ptr, D, x_stride, dy_stride,
-    W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the initial states, which only the first W - 1 tokens see. Grid: (D / BLOCK, sequences)."""
-    number = tl.program_id(1)
+    number = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    begin, stop = tl.load(offsets_ptr + number), tl.load(offsets_ptr + number + 1)
-    token = begin + tl.arange(0, ROWS)
-    zero = token * 0
-    sequence, start, end = zero + number, zero + begin, zero + stop
-    here = ((token < stop) & (token < begin + W - 1))[:, None] & (channel < D)[None, :]
-    gradient = tl.load(dy_ptr + token[:, None] * dy_stride + channel[None, :], mask=here, other=0.0).to(
-        tl.float32
-    )
-    if SILU:
-        value = _before_activation(
-            x_ptr, weight_ptr, bias_ptr, initial_ptr, token, start, end, sequence, channel, x_stride, D, here,
-            W, HAS_BIAS, True,
-        )  # fmt: skip
-        gradient = _silu_gradient(gradient, value)
-    for place in tl.static_range(W - 1):
-        w = place - (token - begin)  # the weight through which a token sees this place
-        at = weight_ptr + channel[None, :] * W + w[:, None]
-        weight = tl.load(at, mask=(w >= 0)[:, None] & here, other=0.0).to(tl.float32)
-        out = dinitial_ptr + (number.to(tl.int64) * D + channel) * (W - 1) + place
-        tl.store(out, tl.sum(weight * gradient, axis=0), mask=channel < D)
+    known = channel < D
+    begin, end = tl.load(offsets_ptr + number), tl.load(offsets_ptr + number + 1)
+    w0, w1 = _weight(weight_ptr, channel, known, 0, W), _weight(weight_ptr, channel, known, 1, W)
+    w2, w3 = _weight(weight_ptr, channel, known, 2, W), _weight(weight_ptr, channel, known, 3, W)
+    bias = _bias(bias_ptr, channel, known, HAS_BIAS)
+    zero = tl.zeros([BLOCK], tl.float32)
+    p1 = _before(zero, initial_ptr, 0, number, channel, known, D, 1, W, True)
+    p2 = _before(zero, initial_ptr, 0, number, channel, known, D, 2, W, True)
+    p3 = _before(zero, initial_ptr, 0, number, channel, known, D, 3, W, True)
+    d1, d2, d3 = zero, zero, zero
+    for past in tl.static_range(W - 1):
+        x = _row(x_ptr, begin + past, x_stride, channel, known, end)
+        gradient = _row(dy_ptr, begin + past, dy_stride, channel, known, end)
+        if SILU:
+            gradient = _silu_gradient(gradient, _convolve(x, p1, p2, p3, w0, w1, w2, w3, bias, W))
+        # d1, d2, d3: the inputs one, two and three tokens before the sequence
+        if past == 0:
+            d1, d2, d3 = w1 * gradient, w2 * gradient, w3 * gradient
+        if past == 1:
+            d1, d2 = d1 + w2 * gradient, d2 + w3 * gradient
+        if past == 2:
+            d1 += w3 * gradient
+        p1, p2, p3 = x, p1, p2
+    out = dinitial_ptr + (number * D + channel) * (W - 1)
+    tl.store(out + W - 2, d1, mask=known)
+    if W > 2:
+        tl.store(out + W - 3, d2, mask=known)
+    if W > 3:
+        tl.store(out, d3, mask=known)
 
 
 def conv_triton(x, weight, bias, activation, initial_state, cu_seqlens) -> Tensor:
@@ -163,14 +304,14 @@ def conv_triton(x, weight, bias, activation, initial_state, cu_seqlens) -> Tenso
     return _Convolution.apply(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
 
 
-def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sequence of every token of all rows, and the offsets of the sequences."""
-    tokens = torch.arange(x.shape[0] * x.shape[1], device=x.device)
+def _bounds_of(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """How many tokens of its sequence lie before every token (3: or more), and its sequence."""
     if cu_seqlens is None:
-        offsets = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
-        return (tokens // x.shape[1]).to(torch.int32), offsets
+        return None, None
+    tokens = torch.arange(x.shape[1], device=x.device)
     offsets = cu_seqlens.to(device=x.device, dtype=torch.long)
-    return (torch.searchsorted(offsets, tokens, right=True) - 1).to(torch.int32), offsets
+    sequence = torch.searchsorted(offsets, tokens, right=True) - 1
+    return (tokens - offsets[sequence]).clamp_max(3).to(torch.int32), sequence
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -180,44 +321,57 @@ def _rows(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
+def _grid(x: Tensor, config: dict) -> tuple[int, int, int]:
+    batch, length, channels = x.shape
+    return triton.cdiv(channels, config["BLOCK"]), triton.cdiv(length, config["TOKENS"]), batch
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, initial_state, cu_seqlens, silu):
         x, weight = _rows(x), weight.contiguous()
         initial_state = None if initial_state is None else initial_state.contiguous()
-        sequence, offsets = _sequences(x, cu_seqlens)
-        channels, width = weight.shape
+        past, sequence = _bounds_of(x, cu_seqlens)
+        ctx.options = {
+            "W": weight.shape[1], "SILU": silu, "HAS_BIAS": bias is not None,
+            "HAS_INITIAL": initial_state is not None, "PACKED": cu_seqlens is not None,
+        }  # fmt: skip
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        grid = (triton.cdiv(channels, FORWARD["BLOCK"]), triton.cdiv(sequence.numel(), FORWARD["ROWS"]))
-        _forward_kernel[grid](
-            x, weight, bias, initial_state, sequence, offsets, y, sequence.numel(), channels, x.stride(1),
-            W=width, SILU=silu, HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None, **FORWARD,
+        _forward_kernel[_grid(x, FORWARD)](
+            x, weight, bias, initial_state, past, sequence, y, x.shape[1], x.shape[2], x.stride(1),
+            **ctx.options, **FORWARD,
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, initial_state, sequence, offsets)
-        ctx.silu = silu
+        ctx.save_for_backward(x, weight, bias, initial_state, past, sequence, cu_seqlens)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, initial_state, sequence, offsets = ctx.saved_tensors
+        x, weight, bias, initial_state, past, sequence, _ = ctx.saved_tensors
         dy = _rows(dy)
         channels, width = weight.shape
-        options = {"W": width, "SILU": ctx.silu, "HAS_BIAS": bias is not None}
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        programs = triton.cdiv(sequence.numel(), TOKENS_PER_PROGRAM)
-        parts = torch.empty(programs, width + 1, channels, dtype=torch.float32, device=x.device)
-        _backward_kernel[(triton.cdiv(channels, BACKWARD["BLOCK"]), programs)](
-            dy, x, weight, bias, initial_state, sequence, offsets, dx, parts, sequence.numel(), channels,
-            x.stride(1), dy.stride(1), TOKENS=TOKENS_PER_PROGRAM, HAS_INITIAL=initial_state is not None,
-            **options, **BACKWARD,
+        grid = _grid(x, BACKWARD)
+        parts = torch.empty(grid[1] * grid[2], width + 1, channels, dtype=torch.float32, device=x.device)
+        _backward_kernel[grid](
+            dy, x, weight, bias, initial_state, past, sequence, dx, parts, x.shape[1], channels, x.stride(1),
+            dy.stride(1), **ctx.options, **BACKWARD,
         )  # fmt: skip
         parts = parts.sum(0)
-        dinitial = None
-        if initial_state is not None:
-            dinitial = torch.empty_like(initial_state)
-            _initial_gradient_kernel[(triton.cdiv(channels, 64), offsets.numel() - 1)](
-                dy, x, weight, bias, initial_state, offsets, dinitial, channels, x.stride(1), dy.stride(1),
-                ROWS=triton.next_power_of_2(width), BLOCK=64, **options,
-            )  # fmt: skip
+        dinitial = None if initial_state is None else _initial_gradient(ctx, dy)
         dbias = None if bias is None else parts[width].to(bias.dtype)
         return dx, parts[:width].t().to(weight.dtype), dbias, dinitial, None, None
+
+
+def _initial_gradient(ctx, dy: Tensor) -> Tensor:
+    x, weight, bias, initial_state, _, _, cu_seqlens = ctx.saved_tensors
+    batch, length, channels = x.shape
+    if cu_seqlens is None:
+        offsets = torch.arange(batch + 1, device=x.device) * length
+    else:
+        offsets = cu_seqlens.to(device=x.device, dtype=torch.long)
+    dinitial = torch.empty_like(initial_state)
+    _initial_gradient_kernel[(triton.cdiv(channels, 128), offsets.numel() - 1)](
+        dy, x, weight, bias, initial_state, offsets, dinitial, channels, x.stride(1), dy.stride(1), BLOCK=128,
+        **{name: ctx.options[name] for name in ("W", "SILU", "HAS_BIAS")},
+    )  # fmt: skip
+    return dinitial

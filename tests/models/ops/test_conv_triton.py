@@ -9,12 +9,12 @@ from tests.models.ops.test_conv import make_inputs
 
 @pytest.fixture
 def kernel(interpreter, monkeypatch):
-    """The convolution on small tiles, several of them a program."""
+    """The convolution on small tiles, several of them a row."""
     from models.ops import conv_triton
 
-    monkeypatch.setitem(conv_triton.FORWARD, "ROWS", 16)
-    monkeypatch.setitem(conv_triton.BACKWARD, "ROWS", 16)
-    monkeypatch.setattr(conv_triton, "TOKENS_PER_PROGRAM", 32)
+    for config in (conv_triton.FORWARD, conv_triton.BACKWARD):
+        monkeypatch.setitem(config, "BLOCK", 16)
+        monkeypatch.setitem(config, "TOKENS", 16)
     return conv_triton.conv_triton
 
 
