@@ -130,8 +130,8 @@ class Distribution:
     def close(self) -> None:
         """Leave the group; gloo's ends with the process.
 
-        gloo's thread may still want Python's lock to release the last operation's tensors, and destroying the group
-        waits for that thread while holding the lock: now and then for ever.
+        gloo's thread may still want Python's lock to release the last operation's tensors, and destroying the
+        group waits for that thread while holding the lock: now and then for ever.
         """
         if dist.is_initialized() and dist.get_backend() != "gloo":
             dist.destroy_process_group()

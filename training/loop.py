@@ -49,7 +49,7 @@ def train(run: Run, rounds: int, throughput: Throughput, stop: StopRequest, star
     while progress.step < config.last_step and not stopped:
         micro_batches, waited = take(batches, rounds)
         lr = learning_rate(config, progress.step + 1)
-        result = run_step(run, micro_batches, lr, stop.asked)
+        result = run_step(run, micro_batches, lr, stop)
         count_step(run, result, micro_batches)
         throughput.add(config.max_len * len_of(micro_batches) * run.distribution.world_size, waited)
         if progress.step == 1 or config.log_interval == 1 or progress.step % config.log_interval == 0:
@@ -74,7 +74,7 @@ def take(batches: Iterator[dict[str, Any]], count: int) -> tuple[list[dict[str, 
     return taken, time.perf_counter() - began
 
 
-def run_step(run: Run, micro_batches: list[dict[str, Any]], lr: float, stop: bool) -> StepResult:
+def run_step(run: Run, micro_batches: list[dict[str, Any]], lr: float, stop: StopRequest) -> StepResult:
     """Forward, backward and update; gradients of the mean loss over the global batch's predicted tokens."""
     distribution = run.distribution
     # the count is reduced before the backward pass, so that 1 rank and 8 give every token the same weight
@@ -88,7 +88,7 @@ def run_step(run: Run, micro_batches: list[dict[str, Any]], lr: float, stop: boo
             # a loss that is not finite must reach every rank's gradients, whatever its own gradient is
             distribution.backward(loss * torch.where(torch.isfinite(loss), scale[0], math.nan))
         losses.append(loss.detach())
-    stats = torch.stack([torch.stack(losses).double().sum(), count.new_tensor(float(stop))])
+    stats = torch.stack([torch.stack(losses).double().sum(), count.new_tensor(float(stop.asked))])
     distribution.sum(stats)
     set_learning_rate(distribution.optimizer, lr)
     grad_norm, moved = distribution.update()

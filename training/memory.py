@@ -7,7 +7,6 @@ from models.report import LayerReport, StateReport
 from training.config import RunConfig
 from training.rules import accumulation
 
-LEVELS = ("none", "mlp", "full")  # what a layer recomputes in the backward pass, least first
 # tokens between two states that the backward pass keeps in fp32, by model type
 _CHUNK_TOKENS = {"statex_gla": 64, "statex_mamba2": 256}
 
@@ -31,7 +30,7 @@ def estimate_memory(
     """Estimate for one GPU.
 
     Args:
-        levels: per layer, one of LEVELS.
+        levels: per layer, what it recomputes.
     """
     tokens = config.max_len * config.batch_size
     saved = sum(tokens * _saved_bytes(model_config, level, config) for level in levels)
@@ -74,7 +73,10 @@ def _saved_bytes(model_config: Any, level: str, config: RunConfig) -> int:
     stream = 4 if model_config.residual_in_fp32 else width
     mixer = width * 14 * hidden
     mlp = width * 4 * (getattr(model_config, "intermediate_size", None) or 0)
-    return stream * hidden + {"none": mixer + mlp, "mlp": mixer, "full": 0}[level]
+    return (
+        stream * hidden
+        + {"none": mixer + mlp, "mixer": mlp, "mlp": mixer, "scan": mixer // 2, "full": 0}[level]
+    )
 
 
 def _state_bytes(model_type: str, layer: LayerReport, tokens: int) -> int:

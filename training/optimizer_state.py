@@ -25,8 +25,8 @@ def save_optimizer_state(
     """Write `optimizer-00000.safetensors`, ...: `{parameter}.exp_avg`, `{parameter}.exp_avg_sq`.
 
     `updates` is the number of updates that AdamW has made; before the first there is nothing to save.
-    Collective: every rank must call it; rank 0 writes. A failure to write is raised only after every parameter
-    was gathered, so that no other rank waits for ever.
+    Collective: every rank must call it; rank 0 writes. A failure to write is raised only after every
+    parameter was gathered, so that no other rank waits for ever.
     """
     shard: dict[str, torch.Tensor] = {}
     failure: Exception | None = None

@@ -110,7 +110,7 @@ def make_plan(config: RunConfig, world_size: int) -> RunPlan:
         expansion = str(expand_state(model, **expansion_arguments(config)))
     after = state_report(model)
     memory = _device_memory(config)
-    levels = choose_levels(after, model.config, config, world_size, memory)
+    levels = choose_levels(model, after, config, world_size, memory)
     estimate = estimate_memory(after, model.config, config, world_size, levels)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return RunPlan(config, world_size, before, after, expansion, estimate, levels, trained)

@@ -1,14 +1,12 @@
 """Which layers recompute what in the backward pass: memory against time."""
 
-from typing import Any
-
 import torch
 
 from models.language_model import LanguageModel
 from models.report import StateReport, state_report
 from training.activation_probe import assign_levels, probe_layers
 from training.config import RunConfig
-from training.memory import LEVELS, estimate_memory, head_bytes, optimizer_bytes
+from training.memory import estimate_memory, head_bytes, optimizer_bytes
 
 _USABLE = 0.95  # of a GPU's memory; the rest goes to the allocator's gaps and NCCL
 
@@ -28,7 +26,7 @@ def choose_recompute(
     """
     report = state_report(model)
     if config.recompute != "auto" or device.type != "cuda":
-        return choose_levels(report, model.config, config, world_size, None)
+        return choose_levels(model, report, config, world_size, None)
     costs = probe_layers(model.config, type(model.blocks[0]), device, autocast=config.dtype == "bf16")
     torch.cuda.empty_cache()
     usable = _USABLE * (memory or torch.cuda.get_device_properties(device).total_memory)
@@ -37,7 +35,7 @@ def choose_recompute(
 
 
 def choose_levels(
-    report: StateReport, model_config: Any, config: RunConfig, world_size: int, memory: int | None
+    model: LanguageModel, report: StateReport, config: RunConfig, world_size: int, memory: int | None
 ) -> list[str]:
     """`choose_recompute` from shapes alone, for the plan; without `memory` (bytes) nothing is recomputed."""
     count = len(report.layers)
@@ -45,10 +43,8 @@ def choose_levels(
         return [config.recompute] * count
     if memory is None:
         return ["none"] * count
-    for level in LEVELS:
-        if (
-            estimate_memory(report, model_config, config, world_size, [level] * count).total
-            < _USABLE * memory
-        ):
+    for level in model.blocks[0].recompute_levels:  # least first
+        estimate = estimate_memory(report, model.config, config, world_size, [level] * count)
+        if estimate.total < _USABLE * memory:
             return [level] * count
     return ["full"] * count

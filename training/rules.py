@@ -18,7 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "launch": LAUNCHES,
     "dtype": ("bf16", "fp32"),
     "grad_comm_dtype": ("fp32", "bf16"),
-    "recompute": ("auto", "none", "mlp", "full"),
+    "recompute": ("auto", "none", "mixer", "scan", "mlp", "full"),  # each family has some of them
 }
 
 _AT_LEAST: dict[str, float] = {

@@ -14,9 +14,9 @@ def world(tmp_path_factory) -> Path:
     write_corpus(folder / "corpus")
     write_tokenizer(folder / "tokenizer")
     shape = {
-        "model_type": "statex_gla", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2,
-        "expand_k": 0.5, "expand_v": 1.0, "hidden_ratio": 4, "intermediate_size": 32, "norm_eps": 1e-6,
-        "initializer_range": 0.02, "tie_word_embeddings": False,
+        "model_type": "statex_gla", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2,
+        "num_heads": 2, "expand_k": 0.5, "expand_v": 1.0, "hidden_ratio": 4, "intermediate_size": 32,
+        "norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False,
     }  # fmt: skip
     (folder / "model.json").write_text(json.dumps(shape))
     return folder

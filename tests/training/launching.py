@@ -1,4 +1,4 @@
-"""Tiny real runs for the tests: train.py in processes of their own, which can be told to die at a given point.
+"""Tiny real runs for the tests: train.py in processes of its own, which can be told to die at some point.
 
 Processes come from a fork server that has imported train.py already, so that a run takes about a second.
 """
@@ -93,8 +93,8 @@ def _rank(
 def _arm(action: str, where: str, when: int) -> None:
     """Send this process a signal at a point of the run.
 
-    where `step`: at the beginning of step `when`. `weights`, `manifest`, `rename`: inside the save of step `when`, with
-    the weights written but nothing else, with all but the manifest, with all but the last rename. `prune`: after it.
+    where `step`: at the beginning of step `when`. `weights`, `manifest`, `rename`: in the save of that step,
+    with only the weights written, with all but the manifest, with all but the last rename. `prune`: after it.
     """
     import training.checkpoint
     import training.loop
