@@ -21,7 +21,7 @@ from data.lines import BrokenLineError, Line, parse_document, read_lines
 from data.tokens import TokenCorpus
 
 BATCH_DOCUMENTS = 32  # a thread and call of the tokenizer
-BATCH_BYTES = 1 << 17
+BATCH_BYTES = 1 << 17  # the same
 MAX_QUEUED_BYTES = 1 << 30
 
 
@@ -48,8 +48,9 @@ class Document:
 
 def too_few_documents(slot: int, n_slots: int) -> ValueError:
     return ValueError(
-        f"slot {slot} of {n_slots} found no document in a whole epoch: the corpus needs at least {n_slots} "
-        "non-empty documents. Use a larger corpus, or fewer sequences a step (tokens_per_step / max_len)"
+        f"slot {slot} of {n_slots} found no document in a whole epoch (its lines, every {n_slots}th, are "
+        f"missing or empty): the corpus needs many more than {n_slots} documents. Use a larger corpus, or "
+        "fewer sequences a step (tokens_per_step / max_len)"
     )
 
 
@@ -121,6 +122,7 @@ class TextFeed:
         n_slots: int,
         starts: dict[int, Place | None],
         health: Health,
+        batch_bytes: int = BATCH_BYTES,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
     ) -> None:
         self.corpus, self.encoder, self.seed, self.n_slots, self.health = (
@@ -130,7 +132,7 @@ class TextFeed:
             n_slots,
             health,
         )
-        self.max_queued_bytes = max_queued_bytes
+        self.batch_bytes, self.max_queued_bytes = batch_bytes * encoder.threads, max_queued_bytes
         shared = _Lines(corpus, seed, n_slots, starts)
         self._lines = dict.fromkeys(starts, shared)
         self._ready: dict[int, deque[Document]] = {slot: deque() for slot in starts}
@@ -146,7 +148,7 @@ class TextFeed:
     def _encode_some(self, slot: int) -> list[Document]:
         places, texts, size = [], [], 0
         lines, reports = 0, []
-        while size < BATCH_BYTES * self.encoder.threads and lines < BATCH_DOCUMENTS * self.encoder.threads:
+        while size < self.batch_bytes and lines < BATCH_DOCUMENTS * self.encoder.threads:
             place, line = self._next_line(slot)
             lines += 1
             try:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data import worker
 from data.corpus import Corpus, open_corpus
 from data.encoding import Encoder, load_tokenizer, tokenizer_fingerprint
-from data.feeds import TextFeed, TokenFeed
+from data.feeds import BATCH_BYTES, TextFeed, TokenFeed
 from data.health import BrokenReport, Health
 from data.packing import START, Packed, Position, SlotStream, place_of
 from data.size_check import check_fills_a_step
@@ -65,7 +65,14 @@ class _Recipe:
         else:
             encoder = Encoder(self.tokenizer, self.threads)
             feed = TextFeed(
-                self.corpus, encoder, seed=self.seed, n_slots=self.n_slots, starts=starts, health=health
+                self.corpus,
+                encoder,
+                seed=self.seed,
+                n_slots=self.n_slots,
+                starts=starts,
+                health=health,
+                # about two sequences: with many short ones a first step would wait for a lot of text
+                batch_bytes=min(BATCH_BYTES, 8 * self.max_len),
             )
         return {slot: SlotStream(feed, slot, self.max_len, positions[slot]) for slot in positions}
 

@@ -1,8 +1,8 @@
 """How a worker process of the loader lives and dies.
 
 A worker holds the reading end of a pipe whose writing end only the trainer has: it leaves when the trainer
-closes that end or dies, whatever it was doing, and at no signal. A scheduler signals every process of a job; the
-trainer answers by saving, and a worker that died of the same signal would turn that into an error.
+closes that end or dies, whatever it was doing, and at no signal. A scheduler signals every process of a job:
+the trainer answers by saving, and a worker that died of the same signal would turn that into an error.
 """
 
 from __future__ import annotations
