@@ -25,12 +25,13 @@ def lifeline() -> Iterator[Lifeline]:
     """In the trainer: workers started with it leave at the end of the block, or of the process."""
     ends = multiprocessing.Pipe(duplex=False)
     # an error's traceback may keep the block open; this runs before multiprocessing waits for its children
-    close = partial(_close, ends)
+    # local names: at the interpreter's end a forgotten iterator gets here after the module's names are gone
+    close, unregister = partial(_close, ends), atexit.unregister
     atexit.register(close)
     try:
         yield ends
     finally:
-        atexit.unregister(close)
+        unregister(close)
         close()
 
 

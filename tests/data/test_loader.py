@@ -318,5 +318,6 @@ def test_an_error_of_the_trainer_ends_the_process_with_its_workers(corpus, token
     """A kept traceback keeps the iterator, so the workers still run when the interpreter exits."""
     script = READ_FOR_EVER.replace("time.sleep(0.01)", "sys.kept = sys._getframe(); i > 9 and sys.exit(7)")
     process, _ = worker_processes(script, corpus, tokenizer, tmp_path)
-    process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 7
+    assert not errors
