@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -152,11 +153,23 @@ def start_distribution(config: RunConfig) -> Distribution:
         )
     if config.launch != "cpu" and not torch.cuda.is_available() and not cpu_rehearsal():
         raise ConfigError(f"launch={config.launch}: no GPU is visible; launch=cpu trains on the CPU")
+    if config.launch.startswith("zero") and "LOCAL_RANK" not in os.environ:
+        _be_a_group_of_one()
     accelerator = _build_accelerator(config, accumulation(config, world_size))
     _check_started(config, accelerator, world_size)
     return Distribution(
         config, accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device
     )
+
+
+def _be_a_group_of_one() -> None:
+    """What a launcher would set, without which accelerate does not start DeepSpeed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)):
+        os.environ[name] = str(value)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def _build_accelerator(config: RunConfig, rounds: int) -> Any:
