@@ -22,45 +22,37 @@ with contextlib.suppress(ImportError):  # narrows the autotuners of the packages
 
 import torch
 
-from models.ops import ssd_triton
+from models.ops import conv_triton, ssd_triton
 from models.ops.conv import causal_conv1d
-from models.ops.ssd import ssd
+from models.ops.ssd import ssd, ssd_packed
 
 LENGTHS = (1, 63, 64, 65, 1000, 8192)
 TOKENS, HEADS, HEAD_DIM = 65536, 64, 64
 LIMIT = {torch.bfloat16: 2e-2, torch.float32: 1e-3}
+OUTPUTS = {"ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+SCORES = {"ROWS": 64, "num_warps": 4, "num_stages": 3}
 CANDIDATES = {
     "states": [
-        {"HEADS": 2, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
         {"HEADS": 1, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
         {"HEADS": 2, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
-        {"HEADS": 2, "BLOCK_K": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4},
     ],
     "outputs": [
-        {"ROWS": 128, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-        {"ROWS": 128, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 128, "BLOCK_K": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+        OUTPUTS | {"maxnreg": 128},
+        OUTPUTS | {"maxnreg": 168},
+        OUTPUTS | {"BLOCK_K": 32, "maxnreg": 128},
     ],
-    "score_gradients": [
-        {"ROWS": 128, "num_warps": 8, "num_stages": 2},
-        {"ROWS": 64, "num_warps": 4, "num_stages": 2},
-        {"ROWS": 64, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 64, "num_warps": 8, "num_stages": 3},
-    ],
-    "key_gradients": [
-        {"ROWS": 128, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
-        {"ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 128, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
-    ],
-    "pass": [
-        {"BLOCK": 1024, "num_warps": 4},
-        {"BLOCK": 512, "num_warps": 4},
+    "score_gradients": [SCORES | {"maxnreg": limit} for limit in (168, None, 128)],
+    "pass_gradients": [
+        {"BLOCK": 256, "num_warps": 1},
+        {"BLOCK": 128, "num_warps": 1},
         {"BLOCK": 2048, "num_warps": 8},
     ],
-    "steps": [{"HEADS": 4, "num_warps": 4}, {"HEADS": 8, "num_warps": 8}],
 }
+CONVOLUTIONS = [
+    {"TOKENS": 128, "BLOCK": 256, "num_warps": 2},
+    {"TOKENS": 128, "BLOCK": 256, "num_warps": 1},
+    {"TOKENS": 64, "BLOCK": 128, "num_warps": 1},
+]
 
 
 # --- correctness
@@ -114,6 +106,19 @@ def report_errors(label, found, exact, limit):
     return good
 
 
+def check_packed():
+    """The packed operator gives the bits of the plain one, and its gradient is one tensor."""
+    inputs = ssd_inputs(1000, 128, torch.bfloat16)
+
+    def packed(x, dt, A, B, C, **options):
+        xBC = torch.cat([t.flatten(2) for t in (x, B, C)], dim=2)
+        return ssd_packed(xBC, dt, A, groups=2, state_size=128, **options)
+
+    options = {"output_final_state": True, "backend": "triton"}
+    exact = gradients_of(partial(ssd, **options), inputs)
+    return not report_errors("packed", gradients_of(partial(packed, **options), inputs), exact, 1e-6)
+
+
 def offsets_of(length):
     return torch.tensor(sorted({0, 1, length // 3, length // 3, length // 2 + 1, length}), device="cuda")
 
@@ -142,10 +147,10 @@ def check_ssd(backends, state_sizes, dtypes, lengths, packings=(False, True)):
     return failures
 
 
-def check_conv(backends):
+def check_conv(backends, dtypes=(torch.bfloat16, torch.float32), lengths=LENGTHS):
     failures = 0
-    for dtype in (torch.bfloat16, torch.float32):
-        for length in LENGTHS:
+    for dtype in dtypes:
+        for length in lengths:
             for packed in (False, True):
                 if packed and length < 63:
                     continue
@@ -245,6 +250,7 @@ class Pieces:
         self.states = self.run_states(True)
         self.gradients = self.states.clone()
         self.out = torch.empty_like(self.dy)
+        self.keys = torch.empty_like(self.i["B"], memory_format=torch.contiguous_format)
 
     def run_states(self, forward=True):
         return ssd_triton.chunk_states(self.shape, self.i["x"], self.i["B"], self.decays, forward=forward)
@@ -265,7 +271,15 @@ class Pieces:
     def run_keys(self, queries):
         i = self.i
         return ssd_triton.key_gradients(
-            self.shape, i["x"], i["B"], i["C"], self.states, self.scores, self.decays, queries=queries
+            self.shape,
+            i["x"],
+            i["B"],
+            i["C"],
+            self.states,
+            self.scores,
+            self.decays,
+            self.keys,
+            queries=queries,
         )
 
     def table(self):
@@ -301,13 +315,15 @@ class Pieces:
                 for q in (True, False)
             ],
             "pass": [
-                ("pass_states", lambda: ssd_triton.pass_states(s, self.states, d, None, False), 0, 2 * state),
+                ("pass_states", lambda: ssd_triton.pass_states(s, self.states, d, None, False), 0, 2 * state)
+            ],
+            "pass_gradients": [
                 (
                     "pass_gradients",
                     lambda: ssd_triton.pass_gradients(s, self.gradients, self.states, d, None, None),
                     0,
                     3 * state,
-                ),
+                )
             ],
             "steps": [
                 (
@@ -337,8 +353,7 @@ class Pieces:
         _, row_sums, column_sums, _ = ssd_triton.score_gradients(
             self.shape, self.i["x"], self.dy, self.scores, self.decays, True
         )
-        _, read = self.run_keys(True)
-        _, added = self.run_keys(False)
+        read, added = self.run_keys(True), self.run_keys(False)
         parts, _ = ssd_triton.pass_gradients(self.shape, self.gradients, self.states, self.decays, None, None)
         return (row_sums, column_sums, read, added), parts
 
@@ -369,19 +384,22 @@ def time_pieces(state_size, chunk, tokens=TOKENS, only=None):
         pieces.shape.config[kernel] = ssd_triton.CONFIGS[2].get(kernel)
 
 
-def time_conv(backend):
-    wide = torch.randn(1, TOKENS, 8512, device="cuda", dtype=torch.bfloat16)
-    x = wide[:, :, 4096:8448].requires_grad_()
-    weight = torch.randn(4352, 4, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    bias = torch.randn(4352, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+def time_conv(backend, channels, tokens=TOKENS, config=None):
+    if config is not None:
+        conv_triton.FORWARD.update(config)
+        conv_triton.BACKWARD.update(config)
+    x = torch.randn(1, tokens, channels, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(channels, 4, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(channels, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     y = causal_conv1d(x, weight, bias, activation="silu", backend=backend)[0]
     dy = torch.randn_like(y)
     forward = milliseconds(lambda: causal_conv1d(x, weight, bias, activation="silu", backend=backend))
     backward = milliseconds(lambda: torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True))
     moved = 2 * x.numel() / 1e6
     print(
-        f"conv {backend:10s} forward {forward:.3f} ms ({2 * moved / forward:.0f} GB/s), "
-        f"backward {backward:.3f} ms ({3 * moved / backward:.0f} GB/s)"
+        f"conv {backend:10s} D={channels} forward {forward:.3f} ms ({2 * moved / forward:.0f} GB/s), "
+        f"backward {backward:.3f} ms ({3 * moved / backward:.0f} GB/s) {config or ''}",
+        flush=True,
     )
 
 
@@ -394,11 +412,16 @@ def _warm(job):
         globals()[name](*arguments)
 
 
-def warm_compiler_cache(workers=8):
+def warm_compiler_cache(workers=16):
     """Compiles everything of ours in parallel processes; the kernels come from the disk cache afterwards."""
-    jobs = [("check_ssd", (("triton",), (n,), (d,), (65,))) for n in (128, 512) for d in LIMIT]
-    jobs += [("check_conv", (("triton",),))]
-    jobs += [("time_pieces", (n, q, 1024, (k,))) for k in CANDIDATES for n in (128, 512) for q in (128, 256)]
+    jobs = [("check_ssd", (("triton",), (n,), (d,), (65,), (p,)))
+            for n in (128, 512) for d in LIMIT for p in (False, True)]  # fmt: skip
+    jobs += [("check_conv", (("triton",), (dtype,), (65,))) for dtype in LIMIT]
+    jobs += [("time_conv", ("triton", 4352, 1024, config)) for config in CONVOLUTIONS]
+    jobs += [("time_pieces", (n, 256, 1024, (k,))) for k in CANDIDATES for n in (128, 512)]
+    jobs += [
+        ("time_pieces", (n, 256, 1024, ("pass", "key_gradients", "steps", "others"))) for n in (128, 512)
+    ]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_warm, jobs))
 
@@ -418,19 +441,20 @@ def main():
     section("compiling", warm_compiler_cache)
     dtypes = (torch.bfloat16, torch.float32)
     failures = section("SSD, ours", check_ssd, ("triton",), (128, 512), dtypes, LENGTHS) or 0
-    failures += section("convolution", check_conv, ("triton", "mamba_ssm")) or 0
+    failures += section("SSD, packed in one tensor", check_packed) or 0
+    failures += section("convolution", check_conv, ("triton",)) or 0
     print(f"== {failures} failures of ours")
     for n in (128, 512):
         section(f"whole passes N={n}", time_whole, "triton", n)
-    section("convolution", time_conv, "triton")
-    section("convolution", time_conv, "mamba_ssm")
+    for channels in (4352, 5120):
+        for config in CONVOLUTIONS[: 1 if quick else None]:
+            section("convolution", time_conv, "triton", channels, TOKENS, config)
     if not quick:
         for n in (128, 512):
-            for q in (256, 128):
-                section(f"kernels N={n} Q={q}", time_pieces, n, q)
-    section("SSD, mamba_ssm", check_ssd, ("mamba_ssm",), (128,), (torch.bfloat16,), (1000, 8192), (False,))
-    for n in (128, 512):
-        section(f"whole passes N={n}", time_whole, "mamba_ssm", n)
+            section(f"kernels N={n}", time_pieces, n, 256)
+        section("convolution", time_conv, "mamba_ssm", 4352)
+        for n in (128, 512):
+            section(f"whole passes N={n}", time_whole, "mamba_ssm", n)
     print(f"done in {time.time() - START:.0f} s")
 
 

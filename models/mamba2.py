@@ -30,7 +30,7 @@ from .language_model import Block, LanguageModel
 from .mamba2_layouts import is_original, read_config, read_tensor, time_step_limit, write_published
 from .ops.conv import causal_conv1d
 from .ops.linear import gated_norm_linear, norm_linear
-from .ops.ssd import ssd
+from .ops.ssd import ssd, ssd_packed
 
 EMBEDDING_STD = 0.02
 
@@ -154,22 +154,8 @@ class Mamba2Mixer(KeepFp32):
             initial_state=None if state is None else state["conv_state"],
             **carried,
         )
-        grouped = self.n_groups * self.shape.state_size
-        x, B, C = xBC.split([self.inner, grouped, grouped], dim=-1)
-        B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))  # [B, T, G, N]
-        if self.shape.state_map > 1:
-            B, C = self.B_map(B), self.C_map(C)  # [B, T, G, 4N]
-        y, final = ssd(
-            x.unflatten(-1, (self.num_heads, -1)),  # [B, T, H, P]
-            self.step_sizes(dt),
-            -torch.exp(at_least_fp32(self.A_log)),
-            B,
-            C,
-            D=self.D,
-            initial_state=None if state is None else state["recurrent_state"],
-            chunk_size=self.chunk_size,
-            **carried,
-        )
+        carried["initial_state"] = None if state is None else state["recurrent_state"]
+        y, final = self.recurrence(xBC, dt, D=self.D, chunk_size=self.chunk_size, **carried)
         u = gated_norm_linear(
             y.flatten(-2),
             z,
@@ -183,6 +169,17 @@ class Mamba2Mixer(KeepFp32):
             ends_recomputation=True,
         )
         return u, {"recurrent_state": final, "conv_state": conv_state} if output_state else None
+
+    def recurrence(self, xBC: Tensor, dt: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+        """y [B, T, H, P] from the convolved x, B and C, and the final state."""
+        dt, A = self.step_sizes(dt), -torch.exp(at_least_fp32(self.A_log))
+        if self.shape.state_map == 1:
+            return ssd_packed(xBC, dt, A, groups=self.n_groups, state_size=self.shape.state_size, **options)
+        grouped = self.n_groups * self.shape.state_size
+        x, B, C = xBC.split([self.inner, grouped, grouped], dim=-1)
+        B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))  # [B, T, G, N]
+        x = x.unflatten(-1, (self.num_heads, -1))  # [B, T, H, P]
+        return ssd(x, dt, A, self.B_map(B), self.C_map(C), **options)  # B and C [B, T, G, 4N]
 
     def step_sizes(self, dt: Tensor) -> Tensor:
         """[B, T, H], positive, in at least fp32."""

@@ -65,6 +65,47 @@ def ssd(
     return run(x, dt, A, B, C, **options, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
 
 
+def ssd_packed(
+    xBC: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    *,
+    groups: int,
+    state_size: int,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 256,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`ssd` of x, B and C that lie side by side in one tensor `[B, T, H P + 2 G N]`, as a convolution leaves
+    them; the gradient is one tensor as well, and is not put together by copying.
+
+    Raises:
+        ValueError: as `ssd`.
+    """
+    heads, keys = dt.shape[2], groups * state_size
+    inner = xBC.shape[-1] - 2 * keys
+    if inner <= 0 or inner % heads:
+        raise ValueError(
+            f"ssd_packed: xBC has {xBC.shape[-1]} channels, expected {heads} heads of x and 2 * {groups} * "
+            f"{state_size} of B and C"
+        )
+    x, B, C = xBC.split([inner, keys, keys], dim=-1)
+    x, (B, C) = x.unflatten(-1, (heads, -1)), (t.unflatten(-1, (groups, -1)) for t in (B, C))
+    options = {"D": D, "initial_state": initial_state, "output_final_state": output_final_state}
+    options["cu_seqlens"] = cu_seqlens
+    if x.shape[1] > 1 or backend is not None:
+        offered = _offered(x, B, initial_state, output_final_state, cu_seqlens)
+        if resolve("ssd", x.device, offered, backend) == "triton":
+            from .ssd_triton import ssd_packed_triton
+
+            _check_shapes(x, dt, A, B, C, D, initial_state, cu_seqlens)
+            return ssd_packed_triton(xBC, dt, A, groups, state_size, **options)
+    return ssd(x, dt, A, B, C, **options, chunk_size=chunk_size, backend=backend)
+
+
 def ssd_recurrent(
     x: Tensor,
     dt: Tensor,

@@ -33,16 +33,21 @@ except ImportError as error:
 HEAD_DIMS = (16, 32, 64, 128)
 STATE_SIZES = (16, 32, 64, 128, 256, 512)
 
-# by number of bytes of an input element: tiles of each kernel, chosen on an H100
+# by number of bytes of an input element: tiles of each kernel, chosen on an H200. `maxnreg` bounds the
+# registers of a thread: these kernels wait for memory, and more of them then share a multiprocessor.
 CONFIGS = {
     2: {
         "chunk": {"Q": 256},
         "scores": {"ROWS": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-        "states": {"HEADS": 2, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
-        "pass": {"BLOCK": 1024, "num_warps": 4},
-        "outputs": {"ROWS": 128, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-        "score_gradients": {"ROWS": 64, "num_warps": 4, "num_stages": 3},
-        "key_gradients": {"ROWS": 128, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+        "states": {"HEADS": 1, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+        "pass": {"BLOCK": 512, "num_warps": 4},
+        # one warp: a sum over a block then crosses no barrier
+        "pass_gradients": {"BLOCK": 256, "num_warps": 1},
+        "outputs": {
+            "ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128,
+        },
+        "score_gradients": {"ROWS": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+        "key_gradients": {"ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
         "steps": {"HEADS": 4, "num_warps": 4},
     },
     4: {
@@ -50,12 +55,15 @@ CONFIGS = {
         "scores": {"ROWS": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         "states": {"HEADS": 1, "BLOCK_K": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "pass": {"BLOCK": 512, "num_warps": 4},
-        "outputs": {"ROWS": 64, "BLOCK_K": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-        "score_gradients": {"ROWS": 64, "num_warps": 8, "num_stages": 1},
+        "pass_gradients": {"BLOCK": 256, "num_warps": 1},
+        "outputs": {
+            "ROWS": 32, "BLOCK_K": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "maxnreg": None,
+        },
+        "score_gradients": {"ROWS": 64, "num_warps": 8, "num_stages": 1, "maxnreg": None},
         "key_gradients": {"ROWS": 64, "BLOCK_K": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         "steps": {"HEADS": 4, "num_warps": 4},
     },
-}
+}  # fmt: skip
 
 
 class Shape:
@@ -123,53 +131,93 @@ def chunk_table(
 
 def ssd_triton(x, dt, A, B, C, *, D, initial_state, output_final_state, cu_seqlens):
     """`ssd` of `models/ops/ssd.py` on these kernels."""
-    y, final = _SSD.apply(
-        x, dt, A, B.to(x.dtype), C.to(x.dtype), D, initial_state, output_final_state, cu_seqlens
-    )
+    options = (D, initial_state, output_final_state, cu_seqlens)
+    y, final = _SSD.apply(x, dt, A, B.to(x.dtype), C.to(x.dtype), *options)
+    return y, final if output_final_state else None
+
+
+def ssd_packed_triton(xBC, dt, A, groups, state_size, *, D, initial_state, output_final_state, cu_seqlens):
+    """`ssd_packed` of `models/ops/ssd.py` on these kernels."""
+    options = (D, initial_state, output_final_state, cu_seqlens)
+    y, final = _PackedSSD.apply(xBC, dt, A, groups, state_size, *options)
     return y, final if output_final_state else None
 
 
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
-        x, dt, B, C = (_rows(t) for t in (x, dt.float(), B, C))
-        A, D = A.float().contiguous(), None if D is None else D.float().contiguous()
-        initial_state = None if initial_state is None else initial_state.contiguous()
-        shape = Shape(x, B, cu_seqlens)
-        decays = running_decays(shape, dt, A)
-        scores = chunk_scores(shape, B, C)
-        states = chunk_states(shape, x, B, decays, forward=True)
-        final = pass_states(shape, states, decays, initial_state, output_final_state)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        outputs(shape, x, C, states, scores, D, decays, y, forward=True)
-        ctx.save_for_backward(x, dt, A, B, C, D, initial_state)
-        ctx.shape = shape
-        ctx.set_materialize_grads(False)
-        return y, final
+        return _forward(ctx, x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens)
 
     @staticmethod
     def backward(ctx, dy, dfinal):
-        x, dt, A, B, C, D, initial_state = ctx.saved_tensors
-        shape: Shape = ctx.shape
-        dy = torch.zeros_like(x) if dy is None else _rows(dy)
-        dfinal = None if dfinal is None else dfinal.contiguous()
-        decays = running_decays(shape, dt, A)
-        scores = chunk_scores(shape, B, C)
-        states = chunk_states(shape, x, B, decays, forward=True)
-        pass_states(shape, states, decays, initial_state, False)
-        gradients = chunk_states(shape, dy, C, decays, forward=False)
-        decay_parts, dinitial = pass_gradients(shape, gradients, states, decays, dfinal, initial_state)
+        x, _, _, B, C, _, _ = ctx.saved_tensors
+        dx, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
+        ddt, dA, *others = _backward(ctx, dy, dfinal, dx, dB, dC)
+        return dx, ddt, dA, dB, dC, *others, None, None
 
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        outputs(shape, dy, B, gradients, scores, D, decays, dx, forward=False)
-        dscores, row_sums, column_sums, dD = score_gradients(shape, x, dy, scores, decays, D is not None)
-        dC, read_sums = key_gradients(shape, dy, C, B, states, dscores, decays, queries=True)
-        dB, added_sums = key_gradients(shape, x, B, C, gradients, dscores, decays, queries=False)
-        sums = (row_sums, column_sums, read_sums, added_sums)
-        ddt, dA = step_gradients(shape, dt, A, decays, sums, decay_parts)
-        if dinitial is not None:
-            dinitial = dinitial.to(initial_state.dtype)
-        return dx, ddt, dA, dB, dC, dD, dinitial, None, None
+
+class _PackedSSD(torch.autograd.Function):
+    """x, B and C in one tensor, and their gradients too: what made it reads them without copying."""
+
+    @staticmethod
+    def forward(ctx, xBC, dt, A, groups, state_size, D, initial_state, output_final_state, cu_seqlens):
+        ctx.sizes = dt.shape[2], groups, state_size
+        x, B, C = split_packed(xBC, *ctx.sizes)
+        return _forward(ctx, x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx, dy, dfinal):
+        x, _, _, B, C, _, _ = ctx.saved_tensors
+        width = sum(t[0, 0].numel() for t in (x, B, C))
+        dxBC = torch.empty(*x.shape[:2], width, dtype=x.dtype, device=x.device)
+        ddt, dA, *others = _backward(ctx, dy, dfinal, *split_packed(dxBC, *ctx.sizes))
+        return dxBC, ddt, dA, None, None, *others, None, None
+
+
+def split_packed(xBC: Tensor, heads: int, groups: int, state_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views x `[B, T, H, P]`, B and C `[B, T, G, N]` of one tensor."""
+    keys = groups * state_size
+    x, B, C = xBC.split([xBC.shape[-1] - 2 * keys, keys, keys], dim=-1)
+    return x.unflatten(-1, (heads, -1)), B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1))
+
+
+def _forward(ctx, x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
+    x, dt, B, C = (_rows(t) for t in (x, dt.float(), B, C))
+    A, D = A.float().contiguous(), None if D is None else D.float().contiguous()
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    shape = Shape(x, B, cu_seqlens)
+    decays = running_decays(shape, dt, A)
+    scores = chunk_scores(shape, B, C)
+    states = chunk_states(shape, x, B, decays, forward=True)
+    final = pass_states(shape, states, decays, initial_state, output_final_state)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    outputs(shape, x, C, states, scores, D, decays, y, forward=True)
+    ctx.save_for_backward(x, dt, A, B, C, D, initial_state)
+    ctx.shape = shape
+    ctx.set_materialize_grads(False)
+    return y, final
+
+
+def _backward(ctx, dy, dfinal, dx: Tensor, dB: Tensor, dC: Tensor) -> tuple[Tensor | None, ...]:
+    """Fills dx, dB and dC; returns ddt, dA, dD and the gradient of the initial state."""
+    x, dt, A, B, C, D, initial_state = ctx.saved_tensors
+    shape: Shape = ctx.shape
+    dy = torch.zeros_like(x) if dy is None else _rows(dy)
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    decays = running_decays(shape, dt, A)
+    scores = chunk_scores(shape, B, C)
+    dscores, row_sums, column_sums, dD = score_gradients(shape, x, dy, scores, decays, D is not None)
+    states = chunk_states(shape, x, B, decays, forward=True)
+    pass_states(shape, states, decays, initial_state, False)
+    gradients = chunk_states(shape, dy, C, decays, forward=False)
+    decay_parts, dinitial = pass_gradients(shape, gradients, states, decays, dfinal, initial_state)
+    read_sums = key_gradients(shape, dy, C, B, states, dscores, decays, dC, queries=True)
+    del states
+    outputs(shape, dy, B, gradients, scores, D, decays, dx, forward=False)
+    added_sums = key_gradients(shape, x, B, C, gradients, dscores, decays, dB, queries=False)
+    sums = (row_sums, column_sums, read_sums, added_sums)
+    ddt, dA = step_gradients(shape, dt, A, decays, sums, decay_parts)
+    return ddt, dA, dD, None if dinitial is None else dinitial.to(initial_state.dtype)
 
 
 def running_decays(shape: Shape, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,7 +290,7 @@ def outputs(shape: Shape, values, keys, states, scores, D, decays, out: Tensor, 
     tiles = shape.tiles("outputs")
     outputs_kernel[(shape.chunk // tiles["ROWS"], shape.heads, shape.chunks)](
         values, keys, states, scores, D, shape.start, shape.lengths, *decays, out,
-        values.stride(1), keys.stride(1),
+        values.stride(1), keys.stride(1), out.stride(1),
         **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward, HAS_D=D is not None,
         PRECISION=shape.precision,
     )  # fmt: skip
@@ -250,7 +298,7 @@ def outputs(shape: Shape, values, keys, states, scores, D, decays, out: Tensor, 
 
 def pass_gradients(shape: Shape, gradients: Tensor, states: Tensor, decays, dfinal, initial_state):
     """Makes `gradients` those of the states behind the chunks; parts of the decays' gradients; dinitial."""
-    size, tiles = shape.head_dim * shape.state_size, shape.tiles("pass")
+    size, tiles = shape.head_dim * shape.state_size, shape.tiles("pass_gradients")
     blocks = size // tiles["BLOCK"]
     parts = torch.empty(shape.chunks, shape.heads, blocks, dtype=torch.float32, device=states.device)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, dtype=torch.float32)
@@ -284,20 +332,19 @@ def score_gradients(shape: Shape, x: Tensor, dy: Tensor, scores: Tensor, decays,
     return dscores, row_sums, column_sums, dD.sum((0, 2)) if has_D else None
 
 
-def key_gradients(shape: Shape, values, keys, others, states, dscores, decays, *, queries: bool):
-    """dC (queries) or dB `[B, T, G, N]`, and what each token reads or adds `[blocks of N, chunks, H, Q]`."""
+def key_gradients(shape: Shape, values, keys, others, states, dscores, decays, out, *, queries: bool):
+    """Fills `out` with dC (queries) or dB; what each token reads or adds `[blocks of N, chunks, H, Q]`."""
     tiles = shape.tiles("key_gradients")
     blocks = shape.state_size // tiles["BLOCK_N"]
-    out = torch.empty_like(keys, memory_format=torch.contiguous_format)
     sums = torch.empty(
         blocks, shape.chunks, shape.heads, shape.chunk, dtype=torch.float32, device=keys.device
     )
     key_gradients_kernel[(shape.chunk // tiles["ROWS"], blocks, shape.chunks * shape.groups)](
         values, keys, others, states, dscores, shape.start, shape.lengths, *decays, out, sums,
-        values.stride(1), keys.stride(1), others.stride(1),
+        values.stride(1), keys.stride(1), others.stride(1), out.stride(1),
         **shape.sizes("H", "G", "P", "N", "Q"), **tiles, QUERIES=queries, PRECISION=shape.precision,
     )  # fmt: skip
-    return out, sums
+    return sums
 
 
 def step_gradients(shape: Shape, dt: Tensor, A: Tensor, decays, sums, decay_parts) -> tuple[Tensor, Tensor]:

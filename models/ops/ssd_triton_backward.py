@@ -114,7 +114,7 @@ def score_gradients_kernel(
 @triton.jit
 def key_gradients_kernel(
     values_ptr, keys_ptr, others_ptr, states_ptr, dscores_ptr, start_ptr, length_ptr, cumulative_ptr,
-    steps_ptr, out_ptr, sums_ptr, values_stride, keys_stride, others_stride,
+    steps_ptr, out_ptr, sums_ptr, values_stride, keys_stride, others_stride, out_stride,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +174,7 @@ def key_gradients_kernel(
             others_at + token[:, None] * others_stride, mask=(token < length)[:, None], other=0.0
         )
         total = tl.dot(weights.to(others.dtype), others, total, input_precision=PRECISION)
-    at = out_ptr + ((start + rows)[:, None] * G + group) * N + columns[None, :]
+    at = out_ptr + (start + rows)[:, None] * out_stride + group * N + columns[None, :]
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 

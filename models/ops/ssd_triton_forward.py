@@ -160,9 +160,23 @@ def _weights(scores_ptr, i, j, Q: tl.constexpr, FORWARD: tl.constexpr):
 
 
 @triton.jit
+def _diagonal(weights, rows, cumulative, cumulative_ptr, steps_ptr, base, FORWARD: tl.constexpr):
+    """The tile of scores on the diagonal with its decays, zero on the side that comes later in time."""
+    other = tl.load(cumulative_ptr + base + rows)
+    if FORWARD:
+        causal = rows[:, None] >= rows[None, :]
+        decay = tl.exp2(cumulative[:, None] - other[None, :]) * tl.load(steps_ptr + base + rows)[None, :]
+    else:
+        causal = rows[None, :] >= rows[:, None]
+        decay = tl.exp2(other[None, :] - cumulative[:, None])
+    # the other side of the diagonal may hold anything, infinities too: chosen away, not multiplied away
+    return tl.where(causal, weights * decay, 0.0)
+
+
+@triton.jit
 def outputs_kernel(
     values_ptr, keys_ptr, states_ptr, scores_ptr, D_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr,
-    out_ptr, values_stride, keys_stride,
+    out_ptr, values_stride, keys_stride, out_stride,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, FORWARD: tl.constexpr, HAS_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -183,7 +197,13 @@ def outputs_kernel(
         return
     group = head // (H // G)
     rows, channels = first_row + tl.arange(0, ROWS), tl.arange(0, P)
+    inside = (rows < length)[:, None]
     base = chunk * (H * Q) + head * Q
+    # needed last, asked for first: on their way while the other products run
+    values_at = values_ptr + start * values_stride + head * P + channels[None, :]
+    scores_at = scores_ptr + (chunk * G + group) * (Q * Q)
+    own_values = tl.load(values_at + rows[:, None] * values_stride, mask=inside, other=0.0)
+    own_weights = _weights(scores_at, rows, rows, Q, FORWARD)
     cumulative = tl.load(cumulative_ptr + base + rows)
     if FORWARD:
         edge = tl.load(cumulative_ptr + base + first_row - 1, mask=first_row > 0, other=0.0)
@@ -201,13 +221,11 @@ def outputs_kernel(
     total = tl.zeros([ROWS, P], tl.float32)
     for n in range(0, N, BLOCK_N):
         columns = n + tl.arange(0, BLOCK_N)[None, :]
-        keys = tl.load(keys_at + columns, mask=(rows < length)[:, None], other=0.0)
+        keys = tl.load(keys_at + columns, mask=inside, other=0.0)
         state = tl.load(states_at + columns)
         total = tl.dot(keys, tl.trans(state), total, input_precision=PRECISION)
     total *= state_factor
 
-    values_at = values_ptr + start * values_stride + head * P + channels[None, :]
-    scores_at = scores_ptr + (chunk * G + group) * (Q * Q)
     for k in range(begin, end, BLOCK_K):
         token = k + tl.arange(0, BLOCK_K)
         other = tl.load(cumulative_ptr + base + token)
@@ -222,27 +240,11 @@ def outputs_kernel(
         total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
     total *= row_factor[:, None]
 
-    for k in tl.static_range(0, ROWS, BLOCK_K):
-        token = first_row + k + tl.arange(0, BLOCK_K)
-        other = tl.load(cumulative_ptr + base + token)
-        if FORWARD:
-            causal = rows[:, None] >= token[None, :]
-            decay = tl.exp2(cumulative[:, None] - other[None, :]) * tl.load(steps_ptr + base + token)[None, :]
-        else:
-            causal = token[None, :] >= rows[:, None]
-            decay = tl.exp2(other[None, :] - cumulative[:, None])
-        # the other side of the diagonal may hold anything, infinities too: chosen away, not multiplied away
-        weights = tl.where(causal, _weights(scores_at, rows, token, Q, FORWARD) * decay, 0.0)
-        values = tl.load(
-            values_at + token[:, None] * values_stride, mask=(token < length)[:, None], other=0.0
-        )
-        total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
-
+    weights = _diagonal(own_weights, rows, cumulative, cumulative_ptr, steps_ptr, base, FORWARD)
+    total = tl.dot(weights.to(own_values.dtype), own_values, total, input_precision=PRECISION)
     if not FORWARD:
         total *= tl.load(steps_ptr + base + rows)[:, None]
-    inside = (rows < length)[:, None]
     if HAS_D:
-        values = tl.load(values_at + rows[:, None] * values_stride, mask=inside, other=0.0)
-        total += values * tl.load(D_ptr + head)
-    at = ((start + rows)[:, None] * H + head) * P + channels[None, :]
+        total += own_values * tl.load(D_ptr + head)
+    at = (start + rows)[:, None] * out_stride + head * P + channels[None, :]
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.ops.ssd import ssd, ssd_recurrent
+from models.ops.ssd import ssd, ssd_packed, ssd_recurrent
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 
@@ -120,3 +120,20 @@ def test_wrong_arguments_are_named(change, message):
     inputs = make_inputs(1, 8)
     with pytest.raises(ValueError, match=message):
         ssd(**{**inputs, **change})
+
+
+@pytest.mark.parametrize("length", [1, 20])
+def test_packed_inputs_are_split(length):
+    inputs = make_inputs(2, length, groups=2, state_size=8)
+    expected = results_and_gradients(ssd, inputs)
+
+    def packed(x, dt, A, B, C, **options):
+        xBC = torch.cat([t.flatten(2) for t in (x, B, C)], dim=2)
+        return ssd_packed(xBC, dt, A, groups=2, state_size=8, **options)
+
+    assert_close(results_and_gradients(packed, inputs), expected, 1e-12)
+
+
+def test_packed_inputs_of_a_wrong_width_are_named():
+    with pytest.raises(ValueError, match="xBC has 31 channels"):
+        ssd_packed(torch.zeros(1, 4, 31), torch.ones(1, 4, 2), -torch.ones(2), groups=1, state_size=8)

@@ -17,6 +17,7 @@ SMALL = {
     "scores": {"ROWS": 16, "BLOCK_N": 16},
     "states": {"HEADS": 2, "BLOCK_K": 16, "BLOCK_N": 16},
     "pass": {"BLOCK": 128},
+    "pass_gradients": {"BLOCK": 128},
     "outputs": {"ROWS": 16, "BLOCK_K": 16, "BLOCK_N": 16},
     "score_gradients": {"ROWS": 16},
     "key_gradients": {"ROWS": 16, "BLOCK_K": 16, "BLOCK_N": 16},
@@ -79,3 +80,16 @@ def test_a_slice_of_a_projection_is_read_in_place(kernels):
         cu_seqlens=None,
     )
     torch.testing.assert_close(sliced, kernels(**inputs, output_final_state=False, cu_seqlens=None)[0])
+
+
+def test_packed_inputs_get_one_packed_gradient(kernels):
+    from models.ops.ssd_triton import ssd_packed_triton
+
+    inputs = make_inputs(2, 40, groups=2, state_size=16)
+    expected = results_and_gradients(ssd_recurrent, inputs)
+
+    def packed(x, dt, A, B, C, **options):
+        xBC = torch.cat([t.flatten(2) for t in (x, B, C)], dim=2)
+        return ssd_packed_triton(xBC, dt, A, 2, 16, **options)
+
+    assert_close(results_and_gradients(packed, single(inputs), cu_seqlens=None), expected, 2e-5)
