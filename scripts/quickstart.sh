@@ -19,11 +19,13 @@ cd "$(dirname "$0")/.." || exit 1
 family=gla
 drop_mode=
 output_dir=output
-SETTINGS="family drop_mode output_dir"
+base_steps=3000
+post_steps=1200
+SETTINGS="family drop_mode output_dir base_steps post_steps"
 for argument in "$@"; do
     case "${argument#--}" in
-        family=* | drop_mode=* | drop-mode=* | output_dir=* | output-dir=*) apply_setting "$argument" ;;
-        *) stop "unknown argument '$argument'; known: family=gla|mamba2 drop_mode=MODE output_dir=FOLDER" ;;
+        family=* | drop_mode=* | output_dir=* | base_steps=* | post_steps=*) apply_setting "$argument" ;;
+        *) stop "unknown argument '$argument'; known: family=gla|mamba2 drop_mode=MODE output_dir=FOLDER base_steps=N post_steps=N" ;;
     esac
 done
 case "$family" in
@@ -31,12 +33,11 @@ case "$family" in
     mamba2) : "${drop_mode:=mamba4}" ;;
     *) stop "family=$family: gla or mamba2" ;;
 esac
+is_count "$base_steps" && is_count "$post_steps" || stop "base_steps=$base_steps post_steps=$post_steps: 1 or more"
 began=$(date +%s)
 find_python
 make_corpus
 
-base_steps=3000
-post_steps=1200
 runs=$output_dir/quickstart/$family-quickstart
 base=$runs/base/ckpt_$base_steps
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
@@ -49,8 +50,9 @@ train() {
         echo "quickstart: $name is trained already ($runs/$name/ckpt_$steps)"
         return
     fi
-    bash "scripts/${family}_$script.sh" scale=tiny model_name="$family-quickstart" train_config=configs/training/quickstart.json \
-        output_dir="$output_dir" proj_name=quickstart run_name="$name" n_train_steps="$steps" resume=auto "$@"
+    bash "scripts/${family}_$script.sh" scale=tiny model_name="$family-quickstart" \
+        train_config=configs/training/quickstart.json n_train_steps="$steps" n_warmup_steps=$((steps / 20)) \
+        output_dir="$output_dir" proj_name=quickstart run_name="$name" resume=auto "$@"
 }
 
 echo "quickstart: 1/3 a base model"

@@ -19,11 +19,11 @@ echo "test: lint and format"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 
-echo "test: the tiny path through scripts/gla_StateX.sh"
+echo "test: the tiny path, through the real scripts, with few steps"
 output=$(mktemp -d)
 trap 'rm -rf "$output"' EXIT
-bash scripts/gla_StateX.sh scale=tiny plan=true output_dir="$output"
-bash scripts/gla_StateX.sh scale=tiny n_train_steps=4 output_dir="$output"
+bash scripts/mamba2_StateX.sh scale=tiny plan=true output_dir="$output"
+bash scripts/quickstart.sh base_steps=4 post_steps=4 output_dir="$output"
 
 echo "test: pytest"
 "$python" -m pytest --durations=15
