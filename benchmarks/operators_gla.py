@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.ops.gla import gla
+from models.ops.gla import gla_gated
 
 # heads, K, V: a layer of GLA-1.3B as published, and with its heads merged into one
 SHAPES = {"four heads": (4, 256, 512), "one head": (1, 1024, 2048)}
@@ -49,15 +49,13 @@ def time_call(call: Callable[[], object], repeats: int = 7) -> float:
 def make_inputs(
     tokens: int, H: int, K: int, V: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> list[Tensor]:
-    """q, k, v, g [1, T, H, ...] on the GPU, wanting gradients; gates as a normalizer of 16 makes them."""
+    """q, k, v and the gate's logits [1, T, H, ...] on the GPU, wanting gradients."""
     draw = torch.Generator("cuda").manual_seed(seed)
 
     def normal(width: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(1, tokens, H, width, generator=draw, device="cuda", dtype=torch.float32).to(dtype)
 
-    q, k, v = normal(K, dtype), normal(K, dtype), normal(V, dtype)
-    g = torch.nn.functional.logsigmoid(normal(K, torch.float32)) / 16
-    return [x.requires_grad_() for x in (q, k, v, g)]
+    return [normal(width, dtype).requires_grad_() for width in (K, K, V, K)]
 
 
 def operator_flops(tokens: int, H: int, K: int, V: int) -> float:
@@ -71,7 +69,7 @@ def measure_operator(backend: str, tokens: int, H: int, K: int, V: int, keep: bo
     do = torch.randn_like(inputs[2])
 
     def forward() -> Tensor:
-        return gla(*inputs, scale=K**-0.5, backend=backend, keep=keep)[0]
+        return gla_gated(*inputs, scale=K**-0.5, backend=backend, keep=keep)[0]
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -79,7 +77,7 @@ def measure_operator(backend: str, tokens: int, H: int, K: int, V: int, keep: bo
     peak = (torch.cuda.max_memory_allocated() - before) / 1e9
     both = operator_flops(tokens, H, K, V)
     element = inputs[0].element_size()
-    data = tokens * H * (2 * K * element + 2 * V * element + 4 * K) / 1e9
+    data = tokens * H * (2 * K * element + 2 * V * element + K * element) / 1e9
     label = f"{backend}{' keep' if keep else ''}"
     return [
         Row(f"{label} forward", time_call(forward), both, data),
@@ -103,11 +101,11 @@ def kernel_calls(
     q, k, v, g = (x.detach() for x in make_inputs(tokens, H, K, V))
     settings = settings or kernels.settings_for(q, v)
     layout = kernels.chunk_layout(1, tokens, None, settings["chunk"]["size"], q.device)
-    launch = kernels.Launcher(q, v, layout, kernels.Options(K**-0.5, None, False, False), settings)
+    launch = kernels.Launcher(q, v, layout, kernels.Options(K**-0.5, (16.0, None), False, False), settings)
     do = torch.randn_like(v)
     if real:
         queries, keys, b, total = launch.prepare(q, k, g)
-        scores, dscores = launch.scores(q, k, b), launch.dscores(do, v)
+        scores, dscores = launch.scores(q, k, b, queries, keys, total), launch.dscores(do, v)
         states, _ = launch.march(keys, v, total, None, False, reverse=False)
         dstates, _ = launch.march(queries, do, total, None, False, reverse=True)
         dqueries, dkeys, product = launch.grad(do, v, states, dstates)
@@ -115,16 +113,14 @@ def kernel_calls(
         queries, keys, b, dqueries, dkeys = (
             q,
             k,
-            torch.empty_like(g),
-            torch.empty_like(g),
-            torch.empty_like(g),
+            *(torch.empty_like(q, dtype=torch.float32) for _ in range(3)),
         )
-        total = product = g.new_empty(layout.num_chunks, H, K)
+        total = product = b.new_empty(layout.num_chunks, H, K)
         scores = dscores = q.new_empty(1, tokens, H, layout.size)
         states = dstates = q.new_empty(layout.num_chunks, H, K, V)
     return {
         "prepare": lambda: launch.prepare(q, k, g),
-        "scores": lambda: launch.scores(q, k, b),
+        "scores": lambda: launch.scores(q, k, b, queries, keys, total),
         "march": lambda: launch.march(keys, v, total, None, False, reverse=False),
         "march reverse": lambda: launch.march(queries, do, total, None, False, reverse=True),
         "mix": lambda: launch.mix(queries, states, scores, v, transposed=False),
@@ -142,13 +138,13 @@ def kernel_work(kernel: str, tokens: int, H: int, K: int, V: int, chunk: int) ->
     of_k, of_v, states = 2 * tokens * H * K, 2 * tokens * H * V, 2 * tokens / chunk * H * K * V
     of_scores = 2 * tokens * H * chunk
     flops, data = {
-        "prepare": (0, 4 * of_k + 4 * of_k),
-        "scores": (pairs * K, 4 * of_k + of_scores),
+        "prepare": (0, 3 * of_k + 4 * of_k),
+        "scores": (pairs * K, 2 * of_k + of_scores),
         "march": (state, of_k + of_v + states),
         "mix": (state + pairs * V, of_k + 2 * of_v + states + of_scores / 2),
         "grad": (2 * state, 2 * of_v + 2 * states + 4 * of_k),
         "dscores": (pairs * V, 2 * of_v + of_scores),
-        "intra_backward": (2 * pairs * K, 2 * of_k + 2 * of_k + 4 * of_k + 4 * of_k + of_scores / 2),
+        "intra_backward": (2 * pairs * K, 12 * of_k + of_scores / 2),
     }[kernel.split()[0]]
     return flops / 1e12, data / 1e9
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .gla_triton_intra import intra_backward_kernel, prepare_kernel, scores_kernel
+from .gla_triton_mild import mild_backward_kernel, mild_scores_kernel
 from .gla_triton_state import dscores_kernel, grad_kernel, march_kernel, mix_kernel
 from .kernel_configs import kernel_config
 
@@ -135,7 +136,8 @@ def _default(heads: int, K: int, V: int) -> dict[str, dict]:
             "num_warps": march[2],
             "num_stages": 4,
         },
-        "scores": {"BK": min(64, K), "num_warps": 4, "num_stages": 2, "maxnreg": None},
+        "scores": {"BM": 128, "BK": min(64, K), "num_warps": 8, "num_stages": 3},
+        "strong_scores": {"BK": min(64, K), "num_warps": 4, "num_stages": 1},
         "mix": {
             "BM": 128,
             "BK": min(64, K),
@@ -146,7 +148,8 @@ def _default(heads: int, K: int, V: int) -> dict[str, dict]:
         },
         "grad": {"BM": 128, "BK": min(128, K), "BV": min(64, V), "num_warps": 8, "num_stages": 3},
         "dscores": {"BM": 128, "BV": min(64, V), "num_warps": 8, "num_stages": 3},
-        "intra_backward": {"BK": min(64, K), "num_warps": 8, "num_stages": 1, "maxnreg": None},
+        "intra_backward": {"BM": 128, "BK": min(32, K), "num_warps": 8, "num_stages": 1, "maxnreg": None},
+        "strong_intra_backward": {"BK": min(32, K), "num_warps": 4, "num_stages": 1},
     }
 
 
@@ -157,11 +160,13 @@ def _default_wide(K: int, V: int) -> dict[str, dict]:
         "chunk": {"size": 128},
         "prepare": {"BK": tile_k, "num_warps": 4, "num_stages": 2},
         "march": {"BK": tile_k, "BV": tile_v, "BT": 32, "num_warps": 4, "num_stages": 2},
-        "scores": {"BK": min(32, K), "num_warps": 4, "num_stages": 1},
+        "scores": {"BM": 64, "BK": min(32, K), "num_warps": 4, "num_stages": 2},
+        "strong_scores": {"BK": min(32, K), "num_warps": 4, "num_stages": 1},
         "mix": {"BM": 64, "BK": min(32, K), "BV": tile_v, "BN": 32, "num_warps": 4, "num_stages": 2},
         "grad": {"BM": 64, "BK": tile_k, "BV": min(32, V), "num_warps": 4, "num_stages": 2},
         "dscores": {"BM": 64, "BV": min(32, V), "num_warps": 4, "num_stages": 2},
-        "intra_backward": {"BK": min(32, K), "num_warps": 4, "num_stages": 1},
+        "intra_backward": {"BM": 64, "BK": min(32, K), "num_warps": 4, "num_stages": 1},
+        "strong_intra_backward": {"BK": min(32, K), "num_warps": 4, "num_stages": 1},
     }
 
 
@@ -177,7 +182,7 @@ class Launcher:
         # three tf32 products make one of nearly float32 precision; 16-bit operands ignore it
         self.precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
         normalizer, lower = options.gate or (1.0, None)
-        self.gate = (normalizer, 0.0 if lower is None else lower)
+        self.gate = (1.0 / normalizer, 0.0 if lower is None else lower)
         self.gate_flags = {"GATED": options.gate is not None, "CLAMP": lower is not None}
 
     def prepare(self, q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -193,13 +198,19 @@ class Launcher:
         )  # fmt: skip
         return queries, keys, b, total
 
-    def scores(self, q: Tensor, k: Tensor, b: Tensor) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, b: Tensor, queries: Tensor, keys: Tensor, total: Tensor) -> Tensor:
+        """Two kernels, each for its share of the chunks: those that decay mildly, and the others."""
         settings, layout = self.settings["scores"], self.layout
         scores = q.new_empty(*q.shape[:3], layout.size)
+        shape = {"H": self.H, "K": self.K, "C": layout.size, "PRECISION": self.precision}
+        tiles = layout.size // settings["BM"]
+        mild_scores_kernel[tiles, layout.num_chunks * tiles, self.H](
+            queries, keys, total, scores, layout.chunks, **shape, **settings
+        )
         blocks = layout.size // 64
         scores_kernel[blocks, layout.num_chunks * blocks, self.H](
-            q, k, b, scores, layout.chunks, self.options.scale,
-            H=self.H, K=self.K, C=layout.size, PRECISION=self.precision, **settings,
+            q, k, b, total, scores, layout.chunks, self.options.scale, **shape,
+            **self.settings["strong_scores"],
         )  # fmt: skip
         return scores
 
@@ -256,14 +267,18 @@ class Launcher:
     def intra_backward(
         self, q, k, g, b, total, dscores, dqueries, dkeys, product
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and the gradient of g (of its logits when gated)."""
-        settings, layout = self.settings["intra_backward"], self.layout
+        """dq, dk and the gradient of g (of its logits when gated); two kernels, as for the scores."""
         dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
-        intra_backward_kernel[self.K // settings["BK"], layout.num_chunks, self.H](
-            q, k, g, b, total, dscores, dqueries, dkeys, product, dq, dk, dg, layout.chunks,
-            self.options.scale, *self.gate,
-            H=self.H, K=self.K, C=layout.size, PRECISION=self.precision, **self.gate_flags, **settings,
-        )  # fmt: skip
+        for kernel, name in (
+            (mild_backward_kernel, "intra_backward"),
+            (intra_backward_kernel, "strong_intra_backward"),
+        ):
+            settings = self.settings[name]
+            kernel[self.K // settings["BK"], self.layout.num_chunks, self.H](
+                q, k, g, b, total, dscores, dqueries, dkeys, product, dq, dk, dg, self.layout.chunks,
+                self.options.scale, *self.gate, H=self.H, K=self.K, C=self.layout.size,
+                PRECISION=self.precision, **self.gate_flags, **settings,
+            )  # fmt: skip
         return dq, dk, dg
 
 
@@ -274,7 +289,7 @@ class _ChunkedGLA(torch.autograd.Function):
         first = None if initial_state is None else initial_state.contiguous()
         with _device_of(q):
             queries, keys, b, total = launch.prepare(q, k, g)
-            scores = launch.scores(q, k, b)
+            scores = launch.scores(q, k, b, queries, keys, total)
             states, last = launch.march(keys, v, total, first, options.output_final_state, reverse=False)
             o = launch.mix(queries, states, scores, v, transposed=False)
         kept = (queries, keys, b, total, scores, states) if options.keep else ()
@@ -293,7 +308,7 @@ class _ChunkedGLA(torch.autograd.Function):
                 queries, keys, b, total, scores, states = kept
             else:
                 queries, keys, b, total = launch.prepare(q, k, g)
-                scores = launch.scores(q, k, b)
+                scores = launch.scores(q, k, b, queries, keys, total)
                 states, _ = launch.march(keys, v, total, first, False, reverse=False)
             dlast = None if dlast is None else dlast.contiguous()
             wants_first = ctx.needs_input_grad[4]

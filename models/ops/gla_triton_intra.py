@@ -21,18 +21,53 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _log_decay(x, inside, normalizer, clamp_min, GATED: tl.constexpr, CLAMP: tl.constexpr):
+def is_mild(total_ptr, bound, WIDTH: tl.constexpr):
+    """Whether WIDTH channels of a chunk all have a total log decay above a bound."""
+    return tl.min(tl.load(total_ptr + tl.arange(0, WIDTH)), axis=0) > bound
+
+
+@triton.jit
+def _log2_sigmoid(x):
+    """log2(sigmoid(x)) = min(x', 0) - log2(1 + 2^-|x'|) with x' = x log2(e).
+
+    log2(1 + u) = u P(u) on [0, 1], P interpolated at Chebyshev's points: within 4e-7, relative. The library's
+    logarithm takes several times as many instructions.
+    """
+    x = x * LOG2_E
+    u = tl.exp2(-tl.abs(x))
+    p = -0.0120770203 * u + 0.0627484336
+    p = p * u - 0.154152006
+    p = p * u + 0.255176349
+    p = p * u - 0.353096353
+    p = p * u + 0.480012461
+    p = p * u - 0.721306757
+    p = p * u + 1.44269472
+    return tl.minimum(x, 0.0) - u * p
+
+
+@triton.jit
+def _log_decay(x, inside, gate_scale, clamp_min, GATED: tl.constexpr, CLAMP: tl.constexpr):
     """Base-2 log decay of each token from the natural one, or from the gate's logits; 0 outside."""
     if GATED:
-        x = (tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))) / normalizer
+        x = _log2_sigmoid(x) * gate_scale
         if CLAMP:
-            x = tl.maximum(x, clamp_min)
-    return tl.where(inside, x, 0.0) * LOG2_E
+            x = tl.maximum(x, clamp_min * LOG2_E)
+    else:
+        x = x * LOG2_E
+    return tl.where(inside, x, 0.0)
+
+
+@triton.jit
+def gate_gradient(dg, x, gate_scale, clamp_min, CLAMP: tl.constexpr):
+    """Gradient of the logits x from that of the log decay."""
+    if CLAMP:
+        dg = tl.where(_log2_sigmoid(x) * gate_scale > clamp_min * LOG2_E, dg, 0.0)
+    return dg * gate_scale / (1.0 + tl.exp2(x * LOG2_E))
 
 
 @triton.jit
 def prepare_kernel(
-    q_ptr, k_ptr, g_ptr, queries_ptr, keys_ptr, b_ptr, total_ptr, chunks_ptr, scale, normalizer, clamp_min,
+    q_ptr, k_ptr, g_ptr, queries_ptr, keys_ptr, b_ptr, total_ptr, chunks_ptr, scale, gate_scale, clamp_min,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
@@ -42,14 +77,15 @@ def prepare_kernel(
     length = tl.minimum(C, end - start)
     column = tl.program_id(0) * BK + tl.arange(0, BK)
     row = tl.arange(0, BLOCK)
-    base = (start.to(tl.int64) * H + i_h) * K + row[:, None] * (H * K) + column[None, :]
+    head = (start.to(tl.int64) * H + i_h) * K
+    base = head + row[:, None] * (H * K) + column[None, :]
 
     total = tl.zeros([BK], dtype=tl.float32)
     for first in range(0, length, BLOCK):
         inside = (first + row < length)[:, None]
         at = base + first * (H * K)
         g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        b = tl.cumsum(_log_decay(g, inside, normalizer, clamp_min, GATED, CLAMP), axis=0)
+        b = tl.cumsum(_log_decay(g, inside, gate_scale, clamp_min, GATED, CLAMP), axis=0)
         q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(b_ptr + at, b, mask=inside)
         q = q * scale * tl.exp2(b + total[None, :])
@@ -57,17 +93,18 @@ def prepare_kernel(
         total += tl.min(b, axis=0)  # b falls: its least value is the last
     tl.store(total_ptr + (i_c.to(tl.int64) * H + i_h) * K + column, total)
 
+    tl.debug_barrier()  # the other threads' b is read back: cheaper than to sum it again
     after = tl.zeros([BK], dtype=tl.float32)
     blocks = tl.cdiv(length, BLOCK)
     for i in range(blocks):
         first = (blocks - 1 - i) * BLOCK
         inside = (first + row < length)[:, None]
         at = base + first * (H * K)
-        g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        b = tl.cumsum(_log_decay(g, inside, normalizer, clamp_min, GATED, CLAMP), axis=0)
-        block_total = tl.min(b, axis=0)
+        last = tl.minimum(first + BLOCK, length) - 1
+        block_total = tl.load(b_ptr + head + last * (H * K) + column)
+        b = tl.load(b_ptr + at, mask=inside, other=0.0)
         k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        k = k * tl.exp2(block_total[None, :] - b + after[None, :])
+        k = k * tl.exp2(tl.minimum(block_total[None, :] - b, 0.0) + after[None, :])
         tl.store(keys_ptr + at, k.to(keys_ptr.dtype.element_ty), mask=inside)
         after += block_total
 
@@ -94,7 +131,7 @@ def _same_pair(row, bit):
 
 @triton.jit
 def scores_kernel(
-    q_ptr, k_ptr, b_ptr, scores_ptr, chunks_ptr, scale,
+    q_ptr, k_ptr, b_ptr, total_ptr, scores_ptr, chunks_ptr, scale,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scores [T, H, C] = scale q_i k_j decay(j to i) within each chunk, zero for keys behind the query."""
@@ -103,7 +140,8 @@ def scores_kernel(
     i_c, i_m, i_h = tl.program_id(1) // blocks, tl.program_id(1) % blocks, tl.program_id(2)
     start, end = tl.load(chunks_ptr + 2 * i_c), tl.load(chunks_ptr + 2 * i_c + 1)
     length = tl.minimum(C, end - start) - i_m * BLOCK  # valid rows of this block
-    if length > 0:
+    mild = is_mild(total_ptr + (i_c.to(tl.int64) * H + i_h) * K, MILD, K)
+    if (length > 0) & (not mild):  # mild chunks are mild_scores_kernel's
         row, along_k = tl.arange(0, BLOCK), tl.arange(0, BK)
         inside = (row < length)[:, None]
         head = start.to(tl.int64) * H + i_h
@@ -203,7 +241,7 @@ def _carried_out(
 @triton.jit
 def intra_backward_kernel(
     q_ptr, k_ptr, g_ptr, b_ptr, total_ptr, dscores_ptr, dqueries_ptr, dkeys_ptr, product_ptr,
-    dq_ptr, dk_ptr, dg_ptr, chunks_ptr, scale, normalizer, clamp_min,
+    dq_ptr, dk_ptr, dg_ptr, chunks_ptr, scale, gate_scale, clamp_min,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +266,10 @@ def intra_backward_kernel(
     dscores_ptr += (start.to(tl.int64) * H + i_h) * C
     dtype = q_ptr.dtype.element_ty
 
-    at_chunk = (i_c.to(tl.int64) * H + i_h) * K + column
+    at_chunk = (i_c.to(tl.int64) * H + i_h) * K + tl.program_id(0) * BK
+    if is_mild(total_ptr + at_chunk, 2 * MILD, BK):
+        return  # mild_backward_kernel's
+    at_chunk += tl.arange(0, BK)
     carried = tl.exp2(tl.load(total_ptr + at_chunk)) * tl.load(product_ptr + at_chunk)
     carried = _carried_out(k_ptr, b_ptr, dkeys_ptr, carried, offset, row, chunk_length, blocks, width, BK)
     for step in range(blocks):
@@ -286,8 +327,5 @@ def intra_backward_kernel(
         carried += tl.sum(crossing, axis=0)
         if GATED:
             x = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            if CLAMP:
-                y = (tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))) / normalizer
-                dg = tl.where(y > clamp_min, dg, 0.0)
-            dg = dg * tl.sigmoid(-x) / normalizer
+            dg = gate_gradient(dg, x, gate_scale, clamp_min, CLAMP)
         tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=inside)

@@ -31,6 +31,14 @@ def test_kernels_equal_the_torch_path(length, chunk):
     assert_close(run_kernels(inputs, chunk=chunk), run(gla, inputs), 2e-6)
 
 
+@pytest.mark.parametrize("gate", [0.5, 1.0, 2.0])
+def test_kernels_pass_from_factored_chunks_to_halved_blocks(gate):
+    # some 150 * gate powers of two a chunk: scores leave the factored form at 100, gradients at 200;
+    # float32 holds an exponent of 100 to 4e-6
+    inputs = make_inputs(1, 300, 1, 16, 16, gate=gate)
+    assert_close(run_kernels(inputs, chunk=128), run(gla, inputs), 1e-5)
+
+
 def test_kernels_halve_blocks_under_strong_gates():
     inputs = make_inputs(1, 150, 1, 16, 16, gate=50.0)
     assert_close(run_kernels(inputs), run(gla, inputs), 1e-4)
