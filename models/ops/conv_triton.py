@@ -41,10 +41,15 @@ def _bias(bias_ptr, channel, known, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _row(row_ptr, token, stride, channel, known, length):
+def _raw(row_ptr, token, stride, channel, known, length):
     """One token's slice of channels, zero outside the row."""
     mask = known & (token >= 0) & (token < length)
-    return tl.load(row_ptr + token * stride + channel, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(row_ptr + token * stride + channel, mask=mask, other=0.0)
+
+
+@triton.jit
+def _row(row_ptr, token, stride, channel, known, length):
+    return _raw(row_ptr, token, stride, channel, known, length).to(tl.float32)
 
 
 @triton.jit
@@ -223,23 +228,30 @@ def _backward_kernel(
     zero = tl.zeros([BLOCK], tl.float32)
     d1, d2, d3 = zero, zero, zero
     s0, s1, s2, s3, sb = zero, zero, zero, zero, zero
+    x0 = _raw(x_ptr, first, x_stride, channel, known, length)
+    x1 = _raw(x_ptr, first + 1, x_stride, channel, known, length)
+    dy0 = _raw(dy_ptr, first, dy_stride, channel, known, length)
+    dy1 = _raw(dy_ptr, first + 1, dy_stride, channel, known, length)
     for step in range(0, TOKENS, 2):
         token = first + step
-        x0 = _row(x_ptr, token, x_stride, channel, known, length)
-        x1 = _row(x_ptr, token + 1, x_stride, channel, known, length)
-        dy0 = _row(dy_ptr, token, dy_stride, channel, known, length)
-        dy1 = _row(dy_ptr, token + 1, dy_stride, channel, known, length)
+        # the next two tokens are on their way while these two are computed
+        next_x0 = _raw(x_ptr, token + 2, x_stride, channel, known, length)
+        next_x1 = _raw(x_ptr, token + 3, x_stride, channel, known, length)
+        next_dy0 = _raw(dy_ptr, token + 2, dy_stride, channel, known, length)
+        next_dy1 = _raw(dy_ptr, token + 3, dy_stride, channel, known, length)
+        now_x0, now_x1 = x0.to(tl.float32), x1.to(tl.float32)
         d1, d2, d3, s0, s1, s2, s3, sb = _backward_token(
-            dy0, x0, p1, p2, p3, d1, d2, d3, s0, s1, s2, s3, sb, w0, w1, w2, w3, bias, dx_ptr, initial_ptr,
-            past_ptr, sequence_ptr, token, first, length, row, channel, known, D, D,
+            dy0.to(tl.float32), now_x0, p1, p2, p3, d1, d2, d3, s0, s1, s2, s3, sb, w0, w1, w2, w3, bias,
+            dx_ptr, initial_ptr, past_ptr, sequence_ptr, token, first, length, row, channel, known, D, D,
             W, SILU, HAS_INITIAL, PACKED, True,
         )  # fmt: skip
         d1, d2, d3, s0, s1, s2, s3, sb = _backward_token(
-            dy1, x1, x0, p1, p2, d1, d2, d3, s0, s1, s2, s3, sb, w0, w1, w2, w3, bias, dx_ptr, initial_ptr,
-            past_ptr, sequence_ptr, token + 1, first, length, row, channel, known, D, D,
+            dy1.to(tl.float32), now_x1, now_x0, p1, p2, d1, d2, d3, s0, s1, s2, s3, sb, w0, w1, w2, w3, bias,
+            dx_ptr, initial_ptr, past_ptr, sequence_ptr, token + 1, first, length, row, channel, known, D, D,
             W, SILU, HAS_INITIAL, PACKED, True,
         )  # fmt: skip
-        p1, p2, p3 = x1, x0, p1
+        p1, p2, p3 = now_x1, now_x0, p1
+        x0, x1, dy0, dy1 = next_x0, next_x1, next_dy0, next_dy1
     for ahead in tl.static_range(3):  # tokens of the next program that this one's last inputs feed
         token = first + TOKENS + ahead
         x = _row(x_ptr, token, x_stride, channel, known, length)
