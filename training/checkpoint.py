@@ -161,5 +161,6 @@ def _together(
     whole = (
         f"the last checkpoint, {before[0].name}, is untouched" if before else "there is no earlier checkpoint"
     )
-    hint = "; free some space, then resume=auto" if "space" in failures[0].lower() else ""
+    full = any(word in failures[0] for word in ("space", "Errno 28"))
+    hint = "; free some space, then resume=auto" if full else ""
     raise RunError(f"{target} could not be written ({failures[0]}); {whole}{hint}")

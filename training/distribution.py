@@ -189,6 +189,9 @@ def _build_accelerator(config: RunConfig, rounds: int) -> Any:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     if config.launch == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # transformers imports DeepSpeed, which else warns of no GPU
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(mixed_precision="no", cpu=config.launch == "cpu", kwargs_handlers=[ddp])
 
