@@ -1,0 +1,224 @@
+"""docs/results.md: the question, the set-up, and whatever runs there are. Nothing is typed by hand but
+what stands between the two marks, which survives every rebuild."""
+
+import textwrap
+
+from .arms import CONTROL
+from .settings import Settings
+from .store import Record
+from .summary import SATURATED, FamilyResult, family_results, recommended, verdicts
+from .tables import along_table, base_table, cost_table, end_table, number, pairs_table
+
+BEGIN, END = "<!-- written by hand, kept by the report -->", "<!-- end of what is written by hand -->"
+COMMAND = "python -m benchmarks.recall_study.report"
+FAMILY_NAMES = {"gla": "GLA", "mamba2": "Mamba2"}
+ENOUGH_SEEDS = 3
+
+
+def page(groups: list[list[Record]], pictures: dict[tuple[str, str], list[str]], kept: str) -> str:
+    """The whole page.
+
+    Args:
+        groups: records by fingerprint.
+        pictures: (fingerprint, family) -> paths relative to docs.
+        kept: the hand-written part, without its marks.
+    """
+    parts = [_question(), _existing(groups), f"{BEGIN}\n{kept.strip()}\n{END}"]
+    for records in groups:
+        results = family_results(records)
+        if results:
+            parts.append(_group(records, results, pictures))
+    parts.append(_rebuild())
+    return "\n\n".join(parts) + "\n"
+
+
+def prose(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 118, break_on_hyphens=False, break_long_words=False)
+
+
+def _question() -> str:
+    return "\n\n".join(
+        [
+            "# Does a larger state help, and which initialisation?",
+            prose("""StateX enlarges the recurrent state of some layers of a pretrained model and trains
+            on. Three questions for whoever has to choose `drop_mode` and `drop_prop`: does the larger
+            state recall more than the same further training without it (LPT); which way of filling the
+            new layer gets there, and how soon; and is it paid for in text loss, speed or memory? The
+            published ablation has one run a cell. Here small models answer with several seeds, in a
+            study that anyone can run again in half an hour on one GPU: `bash scripts/recall_study.sh`."""),
+            f"This page is made from the raw records by `{COMMAND}`.",
+        ]
+    )
+
+
+def _existing(groups: list[list[Record]]) -> str:
+    lines = ["## Which runs there are", ""]
+    for records in groups:
+        for result in family_results(records):
+            lines.append(_existing_line(records, result))
+    if len(lines) == 2:
+        lines.append("None yet: no figure stands on this page.")
+    if not any(r["device"] != "CPU" for records in groups for r in records if r["kind"] == "arm"):
+        lines += [
+            "",
+            "**The study on a GPU (`configs/study/gpu.json`) has not been run yet.** " + _caution(groups),
+        ]
+    return "\n".join(lines)
+
+
+def _caution(groups: list[list[Record]]) -> str:
+    if not any(r["kind"] == "arm" for records in groups for r in records):
+        return "Its tables and figures will stand here."
+    return "What follows is its reduced form on a CPU: it shows the method, and little about real sizes."
+
+
+def _existing_line(records: list[Record], result: FamilyResult) -> str:
+    runs = [run for arm in result.arms.values() for run in arm.values()]
+    seeds = sorted({run["seed"] for run in runs})
+    devices = ", ".join(sorted({run["device"] for run in runs}))
+    dates = sorted({run["date"] for run in runs})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return (
+        f"- {FAMILY_NAMES.get(result.family, result.family)}, `configs/study/{result.settings.name}.json` "
+        f"(fingerprint {records[0]['fingerprint']}): {len(result.bases)} bases, {len(runs)} arms, "
+        f"seeds {', '.join(map(str, seeds))}; {devices}, {when}"
+    )
+
+
+def _group(records: list[Record], results: list[FamilyResult], pictures: dict) -> str:
+    settings, fingerprint = results[0].settings, records[0]["fingerprint"]
+    parts = [f"## `configs/study/{settings.name}.json`", _set_up(settings, results)]
+    for result in results:
+        parts.append(_family(result, pictures.get((fingerprint, result.family), [])))
+    return "\n\n".join(parts)
+
+
+def _set_up(s: Settings, results: list[FamilyResult]) -> str:
+    lines = [
+        *(_model_line(result) for result in results),
+        f"""Data: rows of {s.sequence_length} tokens, {s.rows} a step: {s.recall_rows} of associative recall
+        ({_list(s.train_pairs)} pairs of {s.n_keys} keys and {s.n_values} values), {
+            s.rows - s.recall_rows
+        } of text (this Python's library, BPE of {s.text_vocabulary} words).""",
+        "Loss: every token of the text; of recall the answers, as keys and values before them are random.",
+        f"""Base: AdamW at {s.base_lr}, constant until the mean recall of {s.plateau_window}
+        measurements, one every {s.base_eval_every} steps, is less than {s.plateau_gain} above that of
+        the {s.plateau_window} before (at most {s.base_steps} steps), then {s.base_decay_steps} steps of
+        linear decay.""",
+        f"""Arms: from the same base, {s.post_steps} steps of {s.tokens_per_step:,}
+        tokens, the same batches in the same order, {s.warmup_steps} steps of warm-up to {s.post_lr},
+        cosine to 0. LPT expands nothing.""",
+        f"""Expanded: every layer i with i % drop_prop == 0,
+        `drop_prop={s.drop_prop}` unless a table says otherwise; the {s.sweep_best} arms with the best
+        mean recall over the first seeds also with {_list(s.sweep)}.""",
+        f"""Recall: one test example a row from a fresh state, {_list(s.eval_pairs)} pairs, {s.eval_rows}
+        rows of each, up to {s.eval_queries} questions a row; share of answers that are the most likely
+        token. Mean recall averages over these sizes.""",
+        """Text loss: held-out files, the same rows for every arm. A seed draws the base's weights, the
+        expansion's fresh numbers and the order of the data.""",
+        """Mean ± half of a 95 % interval over seeds (Student's t); differences to LPT are paired by
+        seed, and bold where the interval leaves out 0. No correction for the number of arms.""",
+    ]
+    return "\n".join(f"{i}. {' '.join(line.split())}" for i, line in enumerate(lines, start=1))
+
+
+def _list(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _model_line(result: FamilyResult) -> str:
+    model = result.settings.models[result.family]
+    base = next(iter(result.bases.values()), None)
+    shown = f", {base['parameters']:,} parameters, state {base['state_elements']:,} elements" if base else ""
+    name = FAMILY_NAMES.get(result.family, result.family)
+    return f"{name}: {model['num_hidden_layers']} layers, hidden size {model['hidden_size']}{shown}."
+
+
+def _family(result: FamilyResult, pictures: list[str]) -> str:
+    name = FAMILY_NAMES.get(result.family, result.family)
+    parts = [
+        f"### {name}",
+        *_warnings(result),
+        _reading(result),
+        "At the end of post-training:",
+        end_table(result),
+    ]
+    if pictures:
+        parts += [f"![{name}: {_caption(path)}]({path})" for path in pictures]
+    parts += ["Recall by number of pairs, at the end:", pairs_table(result)]
+    parts += ["Mean recall along post-training:", along_table(result)]
+    parts += [
+        prose("""Text loss and cost. Steps are given seed by seed: the first measured one from which the
+        held-out loss stays within 1 % of the base's. Speed and memory of a training step, measured alone
+        on the device; models this small are bound by launching kernels, for 1.3B see
+        `benchmarks/throughput.py`."""),
+        cost_table(result),
+        "The bases:",
+        base_table(result),
+    ]
+    return "\n\n".join(parts)
+
+
+def _caption(path: str) -> str:
+    kinds = {
+        "along": "recall and text loss along post-training",
+        "pairs": "recall by pairs",
+        "gain": "gain over LPT",
+    }
+    return next((text for kind, text in kinds.items() if path.endswith(f"-{kind}.png")), path)
+
+
+def _warnings(result: FamilyResult) -> list[str]:
+    found = []
+    late = [seed for seed, run in result.bases.items() if not run["plateau"]["reached"]]
+    if late:
+        found.append(f"""**Not on the plateau:** the bases of seeds {_list(tuple(late))} still learned
+            when their steps were up, or never learned the task; their arms compare learning speed too,
+            not only capacity.""")
+    if _saturated(result):
+        found.append("""**Not limited by the state:** the base answers nearly every question at every
+            size, which leaves nothing for a larger state to show.""")
+    if result.mixed_bases():
+        found.append("""**Different bases:** arms of one seed began from different weights, as a base was
+            lost and made again; pairing by seed is weaker there.""")
+    return [prose(text) for text in found]
+
+
+def _saturated(result: FamilyResult) -> bool:
+    ends = [min(run["curve"][-1]["recall"].values()) for run in result.bases.values()]
+    return bool(ends) and min(ends) >= SATURATED
+
+
+def _reading(result: FamilyResult) -> str:
+    """What the intervals say, by rule."""
+    control = result.arms.get(CONTROL, {})
+    if len(control) < ENOUGH_SEEDS:
+        return f"{len(control)} seed(s) of LPT: too few for a conclusion."
+    found = verdicts(result)
+    names = {
+        key: ", ".join(f"`{arm}` ({number(result.gain(arm), sign=True)})" for arm in arms)
+        for key, arms in found.items()
+    }
+    lines = [
+        f"- Recall above LPT: {names['above'] or 'no arm'}.",
+        f"- Recall below LPT: {names['below'] or 'no arm'}.",
+        f"- Not told apart from LPT: {names['open'] or 'no arm'}.",
+    ]
+    paid = [arm for arm in result.arms if arm != CONTROL and (c := result.text_cost(arm)) and c.sign > 0]
+    lines.append(f"- Text loss above LPT's: {', '.join(f'`{arm}`' for arm in paid) or 'no arm'}.")
+    best = recommended(result)
+    rule = "gains most in recall over LPT, with no text loss shown to be worse"
+    lines.append(f"- What {rule}: {f'`{best}`' if best else 'no arm'}.")
+    return "\n".join(lines)
+
+
+def _rebuild() -> str:
+    return f"""## Run it again
+
+```bash
+bash scripts/recall_study.sh                    # one GPU; 9 minutes, and again until it ends with status 0
+bash scripts/recall_study.sh config=configs/study/cpu.json    # reduced, on a CPU
+{COMMAND}      # this page and its figures
+```
+
+Raw records: `benchmarks/recall_study/results/`, an object a finished run, with all its measurements."""
