@@ -1,6 +1,7 @@
 """A corpus that every machine has: the running Python's standard library, with associative recall mixed in.
 
-    python -m data.quickstart out=FOLDER [seed=0] [recall_share=0.3] [vocabulary_size=4096]
+    python -m data.quickstart out=FOLDER [seed=0] [recall_share=0.3] [recall_pairs=4,8,16,32]
+                              [vocabulary_size=4096]
 
 writes FOLDER/train (documents in random order: source files and recall examples), FOLDER/validation (other
 source files) and FOLDER/tokenizer (byte-level BPE, trained here, with the recall tokens). The sources are
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.arguments import REQUIRED, parse_arguments, run_command
-from data.recall import recall_example, recall_text, recall_tokens
+from data.recall import N_KEYS, recall_example, recall_text, recall_tokens
 
 END_OF_TEXT = "<|endoftext|>"
 MANIFEST = "quickstart.json"
@@ -31,7 +32,7 @@ SKIPPED_FOLDERS = {
     *("encodings", "pydoc_data", "ensurepip", "__pycache__", "__phello__", "msilib"),
 }
 VALIDATION_SHARE = 0.05
-RECALL_PAIRS = (4, 8, 16, 32)  # small ones teach the task, large ones fill the state
+RECALL_PAIRS = "4,8,16,32"  # small ones teach the task, large ones fill the state
 N_SHARDS = 8
 
 
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> None:
             "out": (Path, REQUIRED),
             "seed": (int, 0),
             "recall_share": (float, 0.3),
+            "recall_pairs": (str, RECALL_PAIRS),
             "vocabulary_size": (int, 4096),
         },
     )
@@ -49,10 +51,21 @@ def main(arguments: list[str]) -> None:
     print(f"{settings['out']}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
 
 
-def build(out: Path, seed: int = 0, recall_share: float = 0.3, vocabulary_size: int = 4096) -> dict:
+def build(
+    out: Path,
+    seed: int = 0,
+    recall_share: float = 0.3,
+    recall_pairs: str = RECALL_PAIRS,
+    vocabulary_size: int = 4096,
+) -> dict:
     """Build the corpus unless it is there; answers its manifest. It is written beside `out`, then renamed."""
-    settings = {"seed": seed, "recall_share": recall_share, "vocabulary_size": vocabulary_size}
-    _check(recall_share, vocabulary_size)
+    _check(recall_share, recall_pairs, vocabulary_size)
+    settings = {
+        "seed": seed,
+        "recall_share": recall_share,
+        "recall_pairs": recall_pairs,
+        "vocabulary_size": vocabulary_size,
+    }
     out = Path(out)
     if (out / MANIFEST).exists():
         return _existing(out, settings)
@@ -73,7 +86,11 @@ def build(out: Path, seed: int = 0, recall_share: float = 0.3, vocabulary_size: 
     return _existing(out, settings)
 
 
-def _check(recall_share: float, vocabulary_size: int) -> None:
+def _check(recall_share: float, recall_pairs: str, vocabulary_size: int) -> None:
+    if not all(part.isdecimal() and 1 <= int(part) <= N_KEYS for part in recall_pairs.split(",")):
+        raise ValueError(
+            f"recall_pairs is {recall_pairs}: expected numbers from 1 to {N_KEYS}, joined by commas"
+        )
     if not 0 <= recall_share < 1:
         raise ValueError(
             f"recall_share is {recall_share}: expected 0 up to below 1 (share of the training tokens)"
@@ -109,7 +126,7 @@ def is_validation(name: str) -> bool:
     return int.from_bytes(digest[:4], "big") < VALIDATION_SHARE * 2**32
 
 
-def _write(work: Path, seed: int, recall_share: float, vocabulary_size: int) -> dict:
+def _write(work: Path, seed: int, recall_share: float, recall_pairs: str, vocabulary_size: int) -> dict:
     texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in source_files()}
     texts = {name: text for name, text in texts.items() if text.strip()}
     if not texts:
@@ -122,7 +139,8 @@ def _write(work: Path, seed: int, recall_share: float, vocabulary_size: int) -> 
     tokenizer.save_pretrained(work / "tokenizer")
     n_text_tokens = sum(len(ids) for ids in tokenizer(list(train.values()), verbose=False)["input_ids"])
     documents = [{"text": text, "meta": {"source": name}} for name, text in train.items()]
-    recall = list(_recall_documents(seed, n_text_tokens * recall_share / (1 - recall_share)))
+    sizes = [int(part) for part in recall_pairs.split(",")]
+    recall = list(_recall_documents(seed, sizes, n_text_tokens * recall_share / (1 - recall_share)))
     documents += recall
     random.Random(seed).shuffle(documents)
     for shard in range(N_SHARDS):
@@ -138,11 +156,11 @@ def _write(work: Path, seed: int, recall_share: float, vocabulary_size: int) -> 
     }
 
 
-def _recall_documents(seed: int, n_tokens: float) -> Iterator[dict]:
-    """Recall examples of the mixed sizes, `n_tokens` in all."""
+def _recall_documents(seed: int, sizes: list[int], n_tokens: float) -> Iterator[dict]:
+    """Recall examples of the mixed sizes (pairs), `n_tokens` in all."""
     index = 0
     while n_tokens > 0:
-        n_pairs = RECALL_PAIRS[index % len(RECALL_PAIRS)]
+        n_pairs = sizes[index % len(sizes)]
         yield {
             "text": recall_text(recall_example(seed, index, n_pairs)),
             "meta": {"source": f"recall-{n_pairs}"},

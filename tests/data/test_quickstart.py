@@ -120,3 +120,9 @@ def test_recall_needs_its_tokens_and_sensible_sizes(tokenizer):
         recall_example(0, 0, 65)
     with pytest.raises(ValueError, match="n_queries is 9"):
         recall_example(0, 0, 8, n_queries=9)
+
+
+@pytest.mark.parametrize("pairs", ["0", "65", "2,x", ""])
+def test_sizes_of_recall_that_no_document_can_have(tmp_path, pairs):
+    with pytest.raises(ValueError, match="recall_pairs"):
+        build(tmp_path / "data", recall_pairs=pairs)
