@@ -13,6 +13,7 @@ table and writes the same figures, with versions and the card's name, as JSON.
 
 import gc
 import json
+import os
 import platform
 import statistics
 import sys
@@ -247,6 +248,7 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.throughput: needs a CUDA device, and torch sees none", file=sys.stderr)
         return 2
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as train.py does
     length, steps = int(options["length"]), int(options["steps"])
     total = torch.cuda.get_device_properties(0).total_memory
     memory = min(float(options["memory_gb"]) * 1e9, total)

@@ -144,6 +144,8 @@ def start_distribution(config: RunConfig) -> Distribution:
     Raises:
         ConfigError: no GPU for a GPU launch kind, or not the number of processes asked for.
     """
+    # activations of many sizes come and go: segments that grow leave no gaps (read when CUDA is first used)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if (config.n_gpus and world_size not in (1, config.n_gpus)) or (config.n_gpus or 1) > world_size:
         raise ConfigError(

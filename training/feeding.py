@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from data import TrainingLoader, ValidationLoader, open_corpus, slots_of_rank
+from data import TrainingLoader, ValidationLoader, slots_of_rank
 from data import load_tokenizer as read_tokenizer
+from data.registry import open_dataset
 from training.config import ConfigError, RunConfig
 from training.progress import Console
 from training.rules import slots_per_step
@@ -42,7 +43,7 @@ def build_loader(
     n_slots = slots_per_step(config, world_size)
     try:
         return TrainingLoader(
-            config.data_path,
+            open_dataset(config.data_name, config.data_path),
             tokenizer,
             max_len=config.max_len,
             n_slots=n_slots,
@@ -72,7 +73,7 @@ def build_validation(
         return None
     try:
         return ValidationLoader(
-            config.validation_data_path,
+            open_dataset(config.validation_data_name or config.data_name, config.validation_data_path),
             tokenizer,
             max_len=config.max_len,
             n_sequences=config.val_batches,
@@ -100,7 +101,7 @@ def check_data(config: RunConfig, world_size: int) -> None:
     build_loader(config, tokenizer, 0, world_size)
     if config.validation_data_path is not None:
         try:
-            open_corpus(config.validation_data_path)
+            open_dataset(config.validation_data_name or config.data_name, config.validation_data_path)
         except ValueError as error:
             raise ConfigError(
                 f"validation_data_path={config.validation_data_path}: {_one_line(error)}"

@@ -358,7 +358,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, initial_state, past, sequence, _ = ctx.saved_tensors
+        x, weight, bias, initial_state, past, sequence, cu_seqlens = ctx.saved_tensors
         dy = _rows(dy)
         channels, width = weight.shape
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -369,13 +369,14 @@ class _Convolution(torch.autograd.Function):
             dy.stride(1), **ctx.options, **BACKWARD,
         )  # fmt: skip
         parts = parts.sum(0)
-        dinitial = None if initial_state is None else _initial_gradient(ctx, dy)
+        dinitial = None
+        if initial_state is not None:
+            dinitial = _initial_gradient(dy, x, weight, bias, initial_state, cu_seqlens, ctx.options)
         dbias = None if bias is None else parts[width].to(bias.dtype)
         return dx, parts[:width].t().to(weight.dtype), dbias, dinitial, None, None
 
 
-def _initial_gradient(ctx, dy: Tensor) -> Tensor:
-    x, weight, bias, initial_state, _, _, cu_seqlens = ctx.saved_tensors
+def _initial_gradient(dy, x, weight, bias, initial_state, cu_seqlens, options: dict) -> Tensor:
     batch, length, channels = x.shape
     if cu_seqlens is None:
         offsets = torch.arange(batch + 1, device=x.device) * length
@@ -384,6 +385,6 @@ def _initial_gradient(ctx, dy: Tensor) -> Tensor:
     dinitial = torch.empty_like(initial_state)
     _initial_gradient_kernel[(triton.cdiv(channels, 128), offsets.numel() - 1)](
         dy, x, weight, bias, initial_state, offsets, dinitial, channels, x.stride(1), dy.stride(1), BLOCK=128,
-        **{name: ctx.options[name] for name in ("W", "SILU", "HAS_BIAS")},
+        **{name: options[name] for name in ("W", "SILU", "HAS_BIAS")},
     )  # fmt: skip
     return dinitial

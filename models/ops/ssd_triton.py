@@ -150,9 +150,9 @@ class _SSD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dfinal):
-        x, _, _, B, C, _, _ = ctx.saved_tensors
+        saved = x, _, _, B, C, _, _ = ctx.saved_tensors
         dx, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
-        ddt, dA, *others = _backward(ctx, dy, dfinal, dx, dB, dC)
+        ddt, dA, *others = _backward(ctx.shape, saved, dy, dfinal, dx, dB, dC)
         return dx, ddt, dA, dB, dC, *others, None, None
 
 
@@ -167,10 +167,10 @@ class _PackedSSD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dfinal):
-        x, _, _, B, C, _, _ = ctx.saved_tensors
+        saved = x, _, _, B, C, _, _ = ctx.saved_tensors
         width = sum(t[0, 0].numel() for t in (x, B, C))
         dxBC = torch.empty(*x.shape[:2], width, dtype=x.dtype, device=x.device)
-        ddt, dA, *others = _backward(ctx, dy, dfinal, *split_packed(dxBC, *ctx.sizes))
+        ddt, dA, *others = _backward(ctx.shape, saved, dy, dfinal, *split_packed(dxBC, *ctx.sizes))
         return dxBC, ddt, dA, None, None, *others, None, None
 
 
@@ -198,10 +198,14 @@ def _forward(ctx, x, dt, A, B, C, D, initial_state, output_final_state, cu_seqle
     return y, final
 
 
-def _backward(ctx, dy, dfinal, dx: Tensor, dB: Tensor, dC: Tensor) -> tuple[Tensor | None, ...]:
-    """Fills dx, dB and dC; returns ddt, dA, dD and the gradient of the initial state."""
-    x, dt, A, B, C, D, initial_state = ctx.saved_tensors
-    shape: Shape = ctx.shape
+def _backward(
+    shape: Shape, saved, dy, dfinal, dx: Tensor, dB: Tensor, dC: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Fills dx, dB and dC; returns ddt, dA, dD and the gradient of the initial state.
+
+    `saved` is read from the context once: a checkpoint lets go of a tensor when it is read.
+    """
+    x, dt, A, B, C, D, initial_state = saved
     dy = torch.zeros_like(x) if dy is None else _rows(dy)
     dfinal = None if dfinal is None else dfinal.contiguous()
     decays = running_decays(shape, dt, A)
