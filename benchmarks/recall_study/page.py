@@ -97,9 +97,8 @@ def _set_up(s: Settings, results: list[FamilyResult]) -> str:
     lines = [
         *(_model_line(result) for result in results),
         f"""Data: rows of {s.sequence_length} tokens, {s.rows} a step: {s.recall_rows} of associative recall
-        ({_list(s.train_pairs)} pairs of {s.n_keys} keys and {s.n_values} values), {
-            s.rows - s.recall_rows
-        } of text (this Python's library, BPE of {s.text_vocabulary} words).""",
+        ({_list(s.train_pairs)} pairs of {s.n_keys} keys and {s.n_values} values), the others of text
+        (this Python's library, BPE of {s.text_vocabulary} words).""",
         "Loss: every token of the text; of recall the answers, as keys and values before them are random.",
         f"""Base: AdamW at {s.base_lr}, constant until the mean recall of {s.plateau_window}
         measurements, one every {s.base_eval_every} steps, is less than {s.plateau_gain} above that of

@@ -27,7 +27,7 @@ from .corpus import StudyCorpus
 from .measure import autocast, mean_recall, measure
 from .settings import Settings
 
-STOP_CHECK = 10  # steps between looks at the clock
+STOP_CHECK = 5  # steps between looks at the clock
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def run_base(job: Job, bench: Bench) -> dict[str, Any] | None:
             _evaluate(run, job, bench)
             plateau = _plateau(run.curve, s)
             _save(run, job, bench)
-        elif bench.stopped() and run.step % STOP_CHECK == 0:
+        if plateau is None and run.step % STOP_CHECK == 0 and bench.stopped():
             return _save(run, job, bench)
         if plateau is None:
             _step(run, job, bench, schedule)

@@ -1,0 +1,357 @@
+"""The recall study at a micro size: from a configuration to the page, stopped and killed on the way."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data.quickstart
+from benchmarks.recall_study import pool, report
+from benchmarks.recall_study.__main__ import main
+from benchmarks.recall_study.arms import Arm, expand, main_arms, parse_arm, sweep_arms
+from benchmarks.recall_study.corpus import load_corpus
+from benchmarks.recall_study.jobs import open_jobs
+from benchmarks.recall_study.runs import Bench, Job, _plateau, base_file, run_job
+from benchmarks.recall_study.settings import REPOSITORY, from_dict, read_settings, to_dict
+from benchmarks.recall_study.statistics import estimate, paired
+from benchmarks.recall_study.store import Store, key_of, read_records
+from benchmarks.recall_study.summary import family_results, recommended, recovered_at, verdicts
+from models import build_model
+
+MICRO = {
+    "families": ["gla"],
+    "arms": {"gla": ["LPT", "extend"], "mamba2": ["LPT", "mamba4:published"]},
+    "sweep_best": 1,
+    "seeds": [0, 1],
+    "first_seeds": 1,
+    "sequence_length": 40,
+    "rows": 4,
+    "recall_rows": 3,
+    "train_pairs": [2, 4],
+    "eval_pairs": [2, 4],
+    "eval_rows": 4,
+    "text_eval_rows": 4,
+    "recall_pool_rows": 32,
+    "text_vocabulary": 400,
+    "base_steps": 10,
+    "base_min_steps": 4,
+    "base_decay_steps": 5,
+    "base_eval_every": 5,
+    "plateau_window": 1,
+    "post_steps": 20,
+    "post_eval_every": 10,
+    "post_early_evals": [5],
+    "warmup_steps": 2,
+    "cost_steps": 2,
+}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2}
+MODELS = {
+    "gla": {"model_type": "statex_gla", **SIZES, "num_heads": 2, "intermediate_size": 16},
+    "mamba2": {"model_type": "statex_mamba2", **SIZES, "num_heads": 2, "head_dim": 16, "state_size": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with the micro corpus, made from a few files of the library."""
+    folder = tmp_path_factory.mktemp("study")
+    few = [
+        (name, path) for name, path in data.quickstart.source_files() if name.startswith(("json/", "email/"))
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.quickstart, "source_files", lambda: few)
+        patch.setattr(data.quickstart, "is_validation", lambda name: name.endswith("r.py"))
+        load_corpus(micro(), folder, "cpu")
+    return folder
+
+
+def micro(**changes):
+    values = json.loads((REPOSITORY / "configs/study/cpu.json").read_text())
+    return from_dict(values | MICRO | {"name": "micro", "models": MODELS} | changes)
+
+
+@pytest.fixture
+def command(work, tmp_path):
+    """Arguments of the micro study with a results file of its own."""
+    config = tmp_path / "micro.json"
+    config.write_text(json.dumps(to_dict(micro())))
+    (tmp_path / "results").mkdir()
+    return [f"config={config}", f"results={tmp_path}/results/micro.jsonl", f"work={tmp_path}/work"]
+
+
+@pytest.fixture
+def cached(work, tmp_path):
+    """A work folder of one test that finds the corpus made."""
+    (tmp_path / "work").mkdir()
+    for file in work.glob("corpus-*.pt"):
+        (tmp_path / "work" / file.name).hardlink_to(file)
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def signals():
+    """A shard listens to signals; tests leave them as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def bench_of(settings, folder: Path, stopped=lambda: False) -> Bench:
+    return pool.make_bench(settings, folder, stopped)
+
+
+# ------------------------------------------------------------------------------------------------ end to end
+
+
+@pytest.mark.usefixtures("signals")
+def test_the_whole_study_and_nothing_twice(command, cached, tmp_path):
+    assert main(command) == 0
+    file = tmp_path / "results/micro.jsonl"
+    keys = [key_of(record) for record in read_records(file)]
+    arms = [key[2:] for key in keys if key[0] == "arm"]
+    assert len(keys) == len(set(keys))
+    assert sorted(arms) == sorted((s, a) for s in (0, 1) for a in ("LPT", "extend", "extend/prop2"))
+    assert {key[3] for key in keys if key[0] == "cost"} == {"LPT", "extend", "extend/prop2"}
+
+    before = file.read_bytes()
+    assert main(command) == 0
+    assert file.read_bytes() == before
+
+    arm = next(r for r in read_records(file) if r.get("arm") == "extend" and r["kind"] == "arm")
+    assert [point["step"] for point in arm["curve"]] == [0, 5, 10, 20]
+    assert set(arm["curve"][0]["recall"]) == {"2", "4"}
+
+    page = tmp_path / "docs/results.md"
+    build = [f"results={tmp_path}/results", f"page={page}", f"figures={tmp_path}/docs/results"]
+    assert report.main(build) == 0
+    page.write_text(page.read_text().replace(report.BEGIN, report.BEGIN + "\nWhat a person saw."))
+    assert report.main(build) == 0
+    text = page.read_text()
+    assert text.count("What a person saw.") == 1
+    assert "has not been run yet" in text  # on a GPU
+    assert "| `extend` | 2 |" in text
+    for link in ("along", "pairs", "gain"):
+        assert list((tmp_path / "docs/results").glob(f"micro-*-gla-{link}.png"))
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_killed_shard_loses_nothing_finished(command, cached, tmp_path):
+    file = tmp_path / "results/micro.jsonl"
+    shard = [sys.executable, "-m", "benchmarks.recall_study", *command, "workers=2"]
+    process = subprocess.Popen(shard, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    while not any(record["kind"] == "base" for record in read_records(file)):
+        assert process.poll() is None, "the shard ended by itself"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    with open(file, "ab") as out:
+        out.write(b'{"kind": "arm", "fam')  # what a kill may leave
+    finished = file.read_bytes().rpartition(b"\n")[0]
+
+    assert main([*command, "cost_steps=0"]) == 0
+    assert file.read_bytes().startswith(finished + b"\n")
+    keys = [key_of(record) for record in read_records(file)]
+    assert len(keys) == len(set(keys))
+    assert sum(key[0] == "arm" for key in keys) == 6
+
+
+@pytest.mark.usefixtures("signals")
+def test_time_up_is_status_3_and_leaves_runs_to_do(command, cached):
+    assert main([*command, "shard_seconds=1", "grace_seconds=1"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["base", "arm"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(kind, cached, tmp_path):
+    settings, looks = micro(), iter([False, False, True])
+    (tmp_path / "other").mkdir()
+    for file in cached.glob("corpus-*"):
+        (tmp_path / "other" / file.name).hardlink_to(file)
+    whole, parts = bench_of(settings, cached), bench_of(settings, tmp_path / "other")
+    job = Job(kind, "gla", 0, "extend" if kind == "arm" else "")
+    if kind == "arm":
+        for bench in (whole, parts):
+            run_job(Job("base", "gla", 0), bench)
+    expected = run_job(job, whole)
+    stopping = bench_of(settings, tmp_path / "other", lambda: next(looks))
+    assert run_job(job, stopping) is None
+    assert run_job(job, parts)["curve"] == expected["curve"]
+
+
+def test_a_failing_run_does_not_stop_the_others(cached):
+    bench = bench_of(micro(), cached)
+    status, text = pool.attempt(Job("arm", "gla", 0, "no_such_mode"), bench)
+    assert status == "failed"
+    assert "Traceback" in text
+
+
+# ----------------------------------------------------------------------------------- settings, records, jobs
+
+
+def test_the_fingerprint_names_what_changes_numbers():
+    assert (
+        micro().fingerprint == micro(seeds=[3], workers=4, shard_seconds=9, families=["mamba2"]).fingerprint
+    )
+    changed = [micro(post_steps=21), micro(base_lr=1e-4), micro(train_pairs=[2])]
+    assert len({s.fingerprint for s in (micro(), *changed)}) == 4
+
+
+def test_records_of_another_fingerprint_or_corpus_are_not_mixed_in(tmp_path):
+    file = tmp_path / "r.jsonl"
+    run = {"kind": "arm", "family": "gla", "seed": 0, "arm": "LPT", "corpus": "a"}
+    Store(file, "one", {}).append(run)
+    assert Store(file, "two", {}).newest("arm", "gla", 0, "LPT") is None
+    assert Store(file, "one", {}).newest("arm", "gla", 0, "LPT")["corpus"] == "a"
+    with pytest.raises(ValueError, match="results=FILE"):
+        Store(file, "one", {}).check_corpus("b")
+
+
+def test_an_arm_waits_for_its_base_and_a_lost_base_is_made_again(tmp_path):
+    settings = micro(seeds=[0], cost_steps=0)
+    store = Store(tmp_path / "r.jsonl", settings.fingerprint, {})
+    base = Job("base", "gla", 0)
+    assert open_jobs(settings, store, tmp_path) == [base]
+    store.append({"kind": "base", "family": "gla", "seed": 0, "arm": ""})
+    assert open_jobs(settings, store, tmp_path) == [base]  # recorded, but its weights are gone
+    base_file(base, tmp_path).touch()
+    arms = [Job("arm", "gla", 0, name) for name in ("LPT", "extend")]
+    assert open_jobs(settings, store, tmp_path) == arms
+    for arm in arms:
+        store.append({"kind": "arm", "family": "gla", "seed": 0, "arm": arm.arm})
+    base_file(base, tmp_path).unlink()
+    assert open_jobs(settings, store, tmp_path) == []  # nothing needs the base any more
+
+
+@pytest.mark.parametrize("argument", ["sedes=1", "workers=many", "train_pairs=500", "nonsense", "config=/no"])
+def test_bad_arguments_are_one_line_and_status_2(argument, command, capsys):
+    assert main([*command, argument]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------------- arms and data
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu"])
+@pytest.mark.parametrize("family", ["gla", "mamba2"])
+def test_every_arm_can_be_built_at_sizes_that_kernels_take(name, family):
+    settings = read_settings(f"configs/study/{name}.json")
+    arms = main_arms(settings, family)
+    arms += sweep_arms(settings, [arm.name for arm in arms if arm.mode])
+    assert len({arm.name for arm in arms}) == len(arms)
+    for arm in arms:
+        assert parse_arm(arm.name) == arm
+        model = build_model(settings.models[family] | {"vocab_size": 64}, device="meta")
+        before = sum(block.token_mixer.state_elements() for block in model.blocks)
+        expand(model, arm, settings, seed=0)
+        after = sum(block.token_mixer.state_elements() for block in model.blocks)
+        assert (after > before) == (arm.mode is not None)
+        assert name == "cpu" or all(
+            map(fits_kernels, map(model.config.layer_shape, range(len(model.blocks))))
+        )
+
+
+def fits_kernels(shape) -> bool:
+    """Powers of two from 16 on; the widest state of a head that this repository's kernels take is 512."""
+    names = ("head_k_dim", "head_v_dim") if hasattr(shape, "head_k_dim") else ("state_size",)
+    sizes = [getattr(shape, names[0]) * shape.state_map, *(getattr(shape, n) for n in names)]
+    return all(16 <= size <= 512 and size & (size - 1) == 0 for size in sizes)
+
+
+def test_both_families_run_with_published_resets(cached):
+    settings = micro(families=["mamba2"])
+    bench = bench_of(settings, cached)
+    run_job(Job("base", "mamba2", 0), bench)
+    record = run_job(Job("arm", "mamba2", 0, "mamba4:published"), bench)
+    assert record["steps"] == 20
+    assert not record["diverged"]
+
+
+def test_all_arms_of_a_seed_read_the_same_tokens(cached):
+    settings = micro()
+    corpus = load_corpus(settings, cached, "cpu")
+    first = corpus.batch(settings, 0, "post", 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, corpus.batch(settings, 0, "post", 1)))
+    for other in ((1, "post", 1), (0, "base", 1), (0, "post", 2)):
+        assert not torch.equal(first[0], corpus.batch(settings, *other)[0])
+
+
+def test_labels_of_recall_are_the_answers(cached):
+    """Read without the generator: the last value that followed a key is what the label asks for."""
+    corpus = load_corpus(micro(), cached, "cpu")
+    for tokens, labels in zip(corpus.pool.tolist(), corpus.pool_labels.tolist()):
+        asked = [t for t, label in enumerate(labels) if label != -100]
+        assert len(asked) >= 4
+        for t in asked:
+            earlier = max(i for i in range(t - 1) if tokens[i] == tokens[t - 1])
+            assert labels[t] == tokens[t] == tokens[earlier + 1]
+
+
+# ------------------------------------------------------------------------------- plateau, statistics, report
+
+
+def point(step: int, recall: float, loss: float = 3.0) -> dict:
+    return {"step": step, "recall": {"2": recall, "4": recall}, "text_loss": loss}
+
+
+def test_the_plateau_is_learned_and_flat_or_out_of_steps():
+    settings = micro(plateau_window=2, plateau_gain=0.01, plateau_learned=0.5, base_steps=20)
+    flat = [point(5 * i, 0.6) for i in range(4)]
+    assert _plateau(flat, settings) == {"reached": True, "step": 15, "gain": 0.0, "over_steps": 10}
+    assert _plateau([point(5 * i, 0.1) for i in range(4)], settings) is None  # flat, but nothing learned yet
+    assert _plateau([point(5 * i, 0.5 + 0.1 * i) for i in range(4)], settings) is None
+    assert _plateau([*flat[:3], point(20, 0.9)], settings)["reached"] is False
+
+
+def test_intervals_are_students_t():
+    """t(2 degrees, 97.5 %) = 4.303; the standard error of 1, 2, 3 is 1 / sqrt(3)."""
+    three = estimate([1.0, 2.0, 3.0])
+    assert (three.mean, three.n) == (2.0, 3)
+    assert three.half == pytest.approx(4.303 / 3**0.5)
+    assert three.sign == 0
+    assert estimate([5.0]).half is None
+    assert paired({0: 2.0, 1: 3.1, 2: 4.0, 9: 0.0}, {0: 1.0, 1: 2.0, 2: 3.0}).sign == 1
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_recovery_is_from_the_step_that_lasts():
+    curve = [point(0, 0, 9.0), point(5, 0, 3.0), point(10, 0, 3.2), point(20, 0, 3.02), point(30, 0, 2.9)]
+    assert recovered_at(curve, 3.0) == 20
+    assert recovered_at(curve[:3], 3.0) is None
+
+
+def records_of(recalls: dict[str, list[float]], losses: dict[str, float]) -> list[dict]:
+    records = [{"kind": "settings", "fingerprint": "f", "settings": to_dict(micro(first_seeds=2))}]
+    for arm, values in recalls.items():
+        for seed, value in enumerate(values):
+            curve = [point(0, 0.1, 4.0), point(30, value, losses[arm] + 0.001 * seed)]
+            records.append(
+                {"kind": "arm", "fingerprint": "f", "family": "gla", "seed": seed, "arm": arm, "curve": curve}
+            )
+    return records
+
+
+def test_verdicts_follow_the_paired_interval():
+    recalls = {
+        "LPT": [0.40, 0.50, 0.60],
+        "extend": [0.50, 0.61, 0.70],
+        "gla": [0.20, 0.30, 0.41],
+        "merge": [0.3, 0.7, 0.5],
+    }
+    losses = {"LPT": 3.0, "extend": 3.0, "gla": 3.0, "merge": 3.0}
+    result = family_results(records_of(recalls, losses))[0]
+    assert verdicts(result) == {"above": ["extend"], "below": ["gla"], "open": ["merge"]}
+    assert recommended(result) == "extend"
+    # a gain that is paid for in text loss is none
+    seeds = {"LPT": [0.1, 0.2], "extend": [0.3, 0.41]}
+    assert recommended(family_results(records_of(seeds, {"LPT": 3.0, "extend": 3.0}))[0]) is not None
+    assert recommended(family_results(records_of(recalls, {**losses, "extend": 3.4}))[0]) is None
+
+
+def test_an_arm_has_a_name_that_says_all():
+    assert Arm("mamba4", "published", 1).name == "mamba4:published/prop1"
+    assert parse_arm("LPT").mode is None
