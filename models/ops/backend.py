@@ -2,16 +2,16 @@
 
 Every operator calls `resolve` and gets the name of one implementation back:
 
-| name        | what it is                                             | needs                              |
-| ----------- | ------------------------------------------------------ | ---------------------------------- |
-| `torch`     | the plain torch definition                             | nothing; runs on every device      |
-| `triton`    | kernels of this repository                             | CUDA and triton                    |
-| `fla`       | flash-linear-attention's Triton kernels                | CUDA, triton, flash-linear-attention |
-| `mamba_ssm` | the mamba_ssm and causal_conv1d packages               | CUDA and these compiled packages   |
+| name        | what it is                              | needs                                |
+| ----------- | --------------------------------------- | ------------------------------------ |
+| `torch`     | the plain torch definition              | nothing; runs on every device        |
+| `triton`    | kernels of this repository              | CUDA and triton                      |
+| `fla`       | flash-linear-attention's Triton kernels | CUDA, triton, flash-linear-attention |
+| `mamba_ssm` | packages mamba_ssm and causal_conv1d    | CUDA and these compiled packages     |
 
-`STATEX_BACKEND=torch|triton|mamba_ssm|auto` (default auto) overrides the choice for all operators: `triton` means Triton
-kernels from this repository or from flash-linear-attention, whichever an operator has. The choice is printed once per
-operator, on the first process only.
+`STATEX_BACKEND=torch|triton|mamba_ssm|auto` (default auto) overrides the choice for all operators: `triton`
+means Triton kernels from this repository or from flash-linear-attention, whichever an operator has. The choice
+is printed once per operator, on the first process only.
 """
 
 import importlib
@@ -91,7 +91,7 @@ def resolve(operator: str, device: torch.device, offered: tuple[str, ...], backe
         backend: asked for by the caller; None follows STATEX_BACKEND.
 
     Raises:
-        ValueError: what was asked for cannot run here; the message says what is missing and how to install it.
+        ValueError: what was asked for cannot run here; says what is missing and how to install it.
     """
     wanted = (backend or setting()).lower()
     if wanted not in CHOICES:
@@ -105,7 +105,7 @@ def resolve(operator: str, device: torch.device, offered: tuple[str, ...], backe
 
 
 def _asked(operator: str, device: torch.device, offered: tuple[str, ...], wanted: str, strict: bool) -> str:
-    # the setting `triton` covers both sources of Triton kernels; `mamba_ssm` concerns only operators that have it
+    # `triton` covers both sources of Triton kernels; `mamba_ssm` concerns only operators that have it
     names = {"triton": ("triton", "fla")}.get(wanted, (wanted,)) if not strict else (wanted,)
     candidates = [name for name in offered if name in names]
     if not candidates and not strict and wanted == "mamba_ssm":
