@@ -9,9 +9,9 @@ Every operator calls `resolve` and gets the name of one implementation back:
 | `fla`       | flash-linear-attention's Triton kernels | CUDA, triton, flash-linear-attention |
 | `mamba_ssm` | packages mamba_ssm and causal_conv1d    | CUDA and these compiled packages     |
 
-`STATEX_BACKEND=torch|triton|mamba_ssm|auto` (default auto) overrides the choice for all operators: `triton`
-means Triton kernels from this repository or from flash-linear-attention, whichever an operator has. The choice
-is printed once per operator, on the first process only.
+`STATEX_BACKEND=torch|triton|mamba_ssm|auto` (default auto) overrides the choice for all operators:
+`triton` means Triton kernels from this repository or from flash-linear-attention, whichever an operator has.
+The choice is printed once per operator, on the first process only.
 """
 
 import importlib
