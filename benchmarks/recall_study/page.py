@@ -108,8 +108,7 @@ def _set_up(s: Settings, results: list[FamilyResult]) -> str:
         tokens, the same batches in the same order, {s.warmup_steps} steps of warm-up to {s.post_lr},
         cosine to 0. LPT expands nothing.""",
         f"""Expanded: every layer i with i % drop_prop == 0,
-        `drop_prop={s.drop_prop}` unless a table says otherwise; the {s.sweep_best} arms with the best
-        mean recall over the first seeds also with {_list(s.sweep)}.""",
+        `drop_prop={s.drop_prop}` unless a table says otherwise. {_sweep(s, results)}""",
         f"""Recall: one test example a row from a fresh state, {_list(s.eval_pairs)} pairs, {s.eval_rows}
         rows of each, up to {s.eval_queries} questions a row; share of answers that are the most likely
         token. Mean recall averages over these sizes.""",
@@ -119,6 +118,15 @@ def _set_up(s: Settings, results: list[FamilyResult]) -> str:
         seed, and bold where the interval leaves out 0. No correction for the number of arms.""",
     ]
     return "\n".join(f"{i}. {' '.join(line.split())}" for i, line in enumerate(lines, start=1))
+
+
+def _sweep(s: Settings, results: list[FamilyResult]) -> str:
+    """Which arms the sweep of drop_prop followed."""
+    swept = [f"{FAMILY_NAMES.get(r.family, r.family)}: {', '.join(r.best)}" for r in results if r.best]
+    if not swept:
+        return "The sweep of drop_prop has not begun."
+    return f"""The arms with the best mean recall over the first seeds ({"; ".join(swept)}) also ran with
+        {_list(tuple(p for p in s.sweep if p != s.drop_prop))}."""
 
 
 def _list(numbers: tuple[int, ...]) -> str:

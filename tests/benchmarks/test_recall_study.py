@@ -1,6 +1,7 @@
 """The recall study at a micro size: from a configuration to the page, stopped and killed on the way."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def test_the_whole_study_and_nothing_twice(command, cached, tmp_path):
 def test_a_killed_shard_loses_nothing_finished(command, cached, tmp_path):
     file = tmp_path / "results/micro.jsonl"
     shard = [sys.executable, "-m", "benchmarks.recall_study", *command, "workers=2"]
-    process = subprocess.Popen(shard, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(shard, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not any(record["kind"] == "base" for record in read_records(file)):
         assert process.poll() is None, "the shard ended by itself"
         time.sleep(0.02)
@@ -164,6 +165,16 @@ def test_a_killed_shard_loses_nothing_finished(command, cached, tmp_path):
 @pytest.mark.usefixtures("signals")
 def test_time_up_is_status_3_and_leaves_runs_to_do(command, cached):
     assert main([*command, "shard_seconds=1", "grace_seconds=1"]) == 3
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_signal_ends_a_shard_early():
+    clock = pool.Clock(seconds=1000, grace=10)
+    clock.listen()
+    assert not clock.stopped()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert clock.stopped()
+    assert not clock.over()
 
 
 @pytest.mark.parametrize("kind", ["base", "arm"])
