@@ -40,7 +40,7 @@ class Study:
         return next(jobs, None)
 
     def left(self) -> list[Job]:
-        return open_jobs(self.settings, self.store, self.work)
+        return open_jobs(self.settings, self.store, self.work, self.failed)
 
     def take(self, job: Job, answer: Answer) -> None:
         status, value = answer

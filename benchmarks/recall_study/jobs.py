@@ -1,6 +1,6 @@
 """Which jobs are left, and in which order: a pure function of settings, records and the bases on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,39 @@ from .settings import Settings
 from .store import Record, Store
 
 
-def open_jobs(settings: Settings, store: Store, work: Path) -> list[Job]:
-    """Jobs that can begin now, the most urgent first: bases, arms, sweeps, cost; then further seeds."""
-    everything = [job for wave in waves(settings) for job in _wave(settings, store, wave)]
-    left = [job for job in everything if store.newest(job.kind, job.family, job.seed, job.arm) is None]
+def open_jobs(
+    settings: Settings, store: Store, work: Path, failed: Container[Job] = frozenset()
+) -> list[Job]:
+    """Jobs that can begin now, the most urgent first: bases, arms, sweeps, cost.
+
+    Further seeds begin when the first ones are done, `failed` jobs aside, and never slow them down.
+    """
+    for wave in waves(settings):
+        jobs = _wave(settings, store, wave)
+        left = [job for job in jobs if job not in failed and not _is_done(job, store)]
+        if left:
+            return _open(jobs, left, store, work)
+    return []
+
+
+def _open(jobs: list[Job], left: list[Job], store: Store, work: Path) -> list[Job]:
     wanted = {(job.family, job.seed) for job in left if job.kind == "arm"}
 
     def has_base(job: Job) -> bool:
-        known = store.newest("base", job.family, job.seed) is not None
-        return known and base_file(job, work).is_file()
+        base = Job("base", job.family, job.seed)
+        return _is_done(base, store) and base_file(base, work).is_file()
 
     def is_open(job: Job) -> bool:
         if job.kind == "base":  # one whose weights were lost is made again when an arm still wants it
-            return job in left or ((job.family, job.seed) in wanted and not has_base(job))
+            lost = _is_done(job, store) and not has_base(job)
+            return job in left or (lost and (job.family, job.seed) in wanted)
         return job in left and (job.kind == "cost" or has_base(job))
 
-    return [job for job in everything if is_open(job)]
+    return [job for job in jobs if is_open(job)]
+
+
+def _is_done(job: Job, store: Store) -> bool:
+    return store.newest(job.kind, job.family, job.seed, job.arm) is not None
 
 
 def waves(settings: Settings) -> list[tuple[int, ...]]:
@@ -34,20 +51,17 @@ def waves(settings: Settings) -> list[tuple[int, ...]]:
     return [seeds for seeds in (first, settings.seeds[settings.first_seeds :]) if seeds]
 
 
-def _wave(settings: Settings, store: Store, seeds: tuple[int, ...]) -> Iterator[Job]:
+def _wave(settings: Settings, store: Store, seeds: tuple[int, ...]) -> list[Job]:
+    """All jobs of these seeds, done or not, in order."""
     families = settings.families
-    yield from (Job("base", family, seed) for seed in seeds for family in families)
-    for seed in seeds:
-        for family in families:
-            yield from (Job("arm", family, seed, arm.name) for arm in main_arms(settings, family))
-    for family in families:
-        names = [arm.name for arm in sweep_arms(settings, chosen(store, family))]
-        yield from (Job("arm", family, seed, name) for seed in seeds for name in names)
+    main = {f: [arm.name for arm in main_arms(settings, f)] for f in families}
+    swept = {f: [arm.name for arm in sweep_arms(settings, chosen(store, f))] for f in families}
+    jobs = [Job("base", family, seed) for seed in seeds for family in families]
+    jobs += [Job("arm", f, seed, name) for seed in seeds for f in families for name in main[f]]
+    jobs += [Job("arm", f, seed, name) for f in families for seed in seeds for name in swept[f]]
     if settings.cost_steps and seeds[0] == settings.seeds[0]:
-        for family in families:
-            names = [arm.name for arm in main_arms(settings, family)]
-            names += [arm.name for arm in sweep_arms(settings, chosen(store, family))]
-            yield from (Job("cost", family, seeds[0], name) for name in names)
+        jobs += [Job("cost", f, seeds[0], name) for f in families for name in main[f] + swept[f]]
+    return jobs
 
 
 def chosen(store: Store, family: str) -> list[str]:

@@ -238,6 +238,18 @@ def test_an_arm_waits_for_its_base_and_a_lost_base_is_made_again(tmp_path):
     assert open_jobs(settings, store, tmp_path) == []  # nothing needs the base any more
 
 
+def test_further_seeds_wait_for_the_first(tmp_path):
+    settings = micro(seeds=[0, 1], first_seeds=1, cost_steps=0, sweep_best=0)
+    store = Store(tmp_path / "r.jsonl", settings.fingerprint, {})
+    first, second = (Job("base", "gla", seed) for seed in (0, 1))
+    assert open_jobs(settings, store, tmp_path) == [first]
+    for kind, arm in (("base", ""), ("arm", "LPT")):
+        store.append({"kind": kind, "family": "gla", "seed": 0, "arm": arm})
+    assert second not in open_jobs(settings, store, tmp_path)
+    failed = {Job("arm", "gla", 0, "extend")}
+    assert open_jobs(settings, store, tmp_path, failed) == [second]
+
+
 @pytest.mark.parametrize("argument", ["sedes=1", "workers=many", "train_pairs=500", "nonsense", "config=/no"])
 def test_bad_arguments_are_one_line_and_status_2(argument, command, capsys):
     assert main([*command, argument]) == 2
