@@ -45,7 +45,8 @@ def _question() -> str:
             state recall more than the same further training without it (LPT); which way of filling the
             new layer gets there, and how soon; and is it paid for in text loss, speed or memory? The
             published ablation has one run a cell. Here small models answer with several seeds, in a
-            study sized for half an hour on one GPU, to be run again by anyone: `bash scripts/recall_study.sh`."""),
+            study sized for half an hour on one GPU, to be run again by anyone:
+            `bash scripts/recall_study.sh`."""),
             f"This page is made from the raw records by `{COMMAND}`.",
         ]
     )
