@@ -10,6 +10,7 @@ import torch
 from models import build_model, expand_state, load_pretrained
 from models.expansion import freeze_all_but_expanded
 from models.language_model import LanguageModel
+from models.loading import read_config
 from training.config import REPOSITORY, ConfigError, RunConfig, to_json
 from training.trackers import check_trackers
 
@@ -147,6 +148,23 @@ def check_weights(config: RunConfig) -> None:
         raise ConfigError(f"ckpt_path={folder}: holds no config.json; {hint}")
     if not any((folder / name).is_file() for name in _WEIGHTS):
         raise ConfigError(f"ckpt_path={folder}: holds no weights (model.safetensors); {hint}")
+    _check_same_shape(config, folder)
+
+
+def _check_same_shape(config: RunConfig, folder: Path) -> None:
+    """The plan speaks of model_name's shape, and the run trains the folder's: they have to be one."""
+    named = shape_model(config).config
+    try:
+        stored = read_config(folder)
+    except ValueError as error:
+        raise ConfigError(f"ckpt_path={folder}: {' '.join(str(error).split())}") from None
+    for field in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "layers"):
+        if getattr(named, field) != getattr(stored, field):
+            values = "" if field == "layers" else f" ({getattr(stored, field)}, not {getattr(named, field)})"
+            raise ConfigError(
+                f"ckpt_path={folder}: its {field} differs from model_name={config.model_name}{values};"
+                " a model_name that is no file in configs/models takes the folder's own shape"
+            )
 
 
 def check_output(config: RunConfig) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import train
+from models import build_model
 from tests.training.conftest import run_arguments
 from training.plan import make_plan
 from training.validate import main as validate
@@ -66,6 +67,14 @@ def test_a_model_folder_without_weights_is_refused(start, capsys, tmp_path, worl
     assert "no config.json" in refused(capsys, arguments)
     (folder / "config.json").write_text((world / "model.json").read_text())
     assert "no weights" in refused(capsys, arguments)
+
+
+def test_weights_of_another_shape_than_the_model_name_says_are_refused(start, capsys, tmp_path):
+    build_model("configs/models/gla-tiny.json", num_hidden_layers=2).save_pretrained(tmp_path / "weights")
+    capsys.readouterr()  # transformers' progress bar
+    asked = change(start, init_from="pretrained", ckpt_path=tmp_path / "weights", model_name="gla-tiny")
+    assert "num_hidden_layers differs" in refused(capsys, asked)
+    assert validate(change(asked, model_name="mine", drop_prop="none")) == 0
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(start, capsys, tmp_path, world):
