@@ -1,7 +1,6 @@
 """A corpus that every machine has: the running Python's standard library, with associative recall mixed in.
 
-    python -m data.quickstart out=FOLDER [seed=0] [recall_share=0.3] [recall_pairs=4,8,16,32]
-                              [vocabulary_size=4096]
+    python -m data.quickstart out=FOLDER [recall_share=0.3] [key=value ...]     (all keys: `Settings` below)
 
 writes FOLDER/train (documents in random order: source files and recall examples), FOLDER/validation (other
 source files) and FOLDER/tokenizer (byte-level BPE, trained here, with the recall tokens). The sources are
@@ -11,6 +10,7 @@ between Python versions.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,6 +19,7 @@ import random
 import shutil
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.arguments import REQUIRED, parse_arguments, run_command
@@ -32,40 +33,62 @@ SKIPPED_FOLDERS = {
     *("encodings", "pydoc_data", "ensurepip", "__pycache__", "__phello__", "msilib"),
 }
 VALIDATION_SHARE = 0.05
-RECALL_PAIRS = "4,8,16,32"  # small ones teach the task, large ones fill the state
 N_SHARDS = 8
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a corpus is made from; equal settings give equal corpora on one Python version."""
+
+    seed: int = 0
+    text_share: float = 1.0  # of the source files for training, chosen by name
+    recall_share: float = 0.3  # of the training tokens
+    recall_pairs: str = "4,8,16,32"  # small ones teach the task, large ones fill the state
+    recall_rounds: int = 1  # how often a document asks for each of its pairs
+    recall_keys: int = N_KEYS  # different keys, and as many values; fewer are learned sooner
+    vocabulary_size: int = 4096
+
+    def check(self) -> None:
+        """Raises ValueError for the first value out of its range."""
+        if not 0 < self.text_share <= 1:
+            raise ValueError(f"text_share is {self.text_share}: expected above 0 up to 1")
+        if not 0 <= self.recall_share < 1:
+            raise ValueError(f"recall_share is {self.recall_share}: expected 0 up to below 1")
+        if not 1 <= self.recall_keys <= N_KEYS:
+            raise ValueError(f"recall_keys is {self.recall_keys}: expected 1 to {N_KEYS}")
+        if not all(part.isdecimal() and 1 <= int(part) <= self.recall_keys for part in self.sizes):
+            raise ValueError(
+                f"recall_pairs is {self.recall_pairs}: expected numbers from 1 to {self.recall_keys} with commas"
+            )
+        if self.recall_rounds < 1:
+            raise ValueError(f"recall_rounds is {self.recall_rounds}: expected at least 1")
+        smallest = 1 + 2 * self.recall_keys + 256
+        if self.vocabulary_size < smallest:
+            raise ValueError(
+                f"vocabulary_size is {self.vocabulary_size}: expected at least {smallest} (bytes and recall"
+                " tokens)"
+            )
+
+    @property
+    def sizes(self) -> list[str]:
+        return self.recall_pairs.split(",")
+
+
 def main(arguments: list[str]) -> None:
-    settings = parse_arguments(
-        arguments,
-        {
-            "out": (Path, REQUIRED),
-            "seed": (int, 0),
-            "recall_share": (float, 0.3),
-            "recall_pairs": (str, RECALL_PAIRS),
-            "vocabulary_size": (int, 4096),
-        },
-    )
-    summary = build(**settings)
-    print(f"{settings['out']}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
+    fields = {field.name: (type(field.default), field.default) for field in dataclasses.fields(Settings)}
+    given = parse_arguments(arguments, {"out": (Path, REQUIRED), **fields})
+    summary = build(**given)
+    print(f"{given['out']}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
 
 
-def build(
-    out: Path,
-    seed: int = 0,
-    recall_share: float = 0.3,
-    recall_pairs: str = RECALL_PAIRS,
-    vocabulary_size: int = 4096,
-) -> dict:
-    """Build the corpus unless it is there; answers its manifest. It is written beside `out`, then renamed."""
-    _check(recall_share, recall_pairs, vocabulary_size)
-    settings = {
-        "seed": seed,
-        "recall_share": recall_share,
-        "recall_pairs": recall_pairs,
-        "vocabulary_size": vocabulary_size,
-    }
+def build(out: Path, **given: object) -> dict:
+    """Build the corpus unless it is there; answers its manifest. It is written beside `out`, then renamed.
+
+    Args:
+        given: fields of `Settings`.
+    """
+    settings = Settings(**given)
+    settings.check()
     out = Path(out)
     if (out / MANIFEST).exists():
         return _existing(out, settings)
@@ -74,7 +97,11 @@ def build(
     work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     work.mkdir(parents=True)
     try:
-        summary = {**settings, "python": platform.python_version(), **_write(work, **settings)}
+        summary = {
+            **dataclasses.asdict(settings),
+            "python": platform.python_version(),
+            **_write(work, settings),
+        }
         (work / MANIFEST).write_text(json.dumps(summary, indent=2) + "\n")
         os.replace(work, out)
     except OSError:
@@ -86,25 +113,10 @@ def build(
     return _existing(out, settings)
 
 
-def _check(recall_share: float, recall_pairs: str, vocabulary_size: int) -> None:
-    if not all(part.isdecimal() and 1 <= int(part) <= N_KEYS for part in recall_pairs.split(",")):
-        raise ValueError(
-            f"recall_pairs is {recall_pairs}: expected numbers from 1 to {N_KEYS}, joined by commas"
-        )
-    if not 0 <= recall_share < 1:
-        raise ValueError(
-            f"recall_share is {recall_share}: expected 0 up to below 1 (share of the training tokens)"
-        )
-    smallest = 1 + len(recall_tokens()) + 256
-    if vocabulary_size < smallest:
-        raise ValueError(
-            f"vocabulary_size is {vocabulary_size}: expected at least {smallest} (bytes, recall tokens)"
-        )
-
-
-def _existing(out: Path, settings: dict) -> dict:
+def _existing(out: Path, settings: Settings) -> dict:
     summary = json.loads((out / MANIFEST).read_text())
-    different = [f"{key}={summary[key]}" for key in settings if summary[key] != settings[key]]
+    wanted = dataclasses.asdict(settings)
+    different = [f"{key}={summary.get(key)}" for key in wanted if summary.get(key) != wanted[key]]
     if different:
         raise ValueError(
             f"{out} was built with {', '.join(different)}: give another folder, or delete this one"
@@ -122,11 +134,16 @@ def source_files(root: Path | None = None) -> Iterator[tuple[str, Path]]:
 
 
 def is_validation(name: str) -> bool:
+    return _lot(name, 0) < VALIDATION_SHARE
+
+
+def _lot(name: str, draw: int) -> float:
+    """A number in [0, 1) that depends on the name alone."""
     digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:4], "big") < VALIDATION_SHARE * 2**32
+    return int.from_bytes(digest[4 * draw : 4 * draw + 4], "big") / 2**32
 
 
-def _write(work: Path, seed: int, recall_share: float, recall_pairs: str, vocabulary_size: int) -> dict:
+def _write(work: Path, settings: Settings) -> dict:
     texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in source_files()}
     texts = {name: text for name, text in texts.items() if text.strip()}
     if not texts:
@@ -134,15 +151,16 @@ def _write(work: Path, seed: int, recall_share: float, recall_pairs: str, vocabu
             f"no source files under {sysconfig.get_paths()['stdlib']}: this Python comes without them"
         )
     train = {name: text for name, text in texts.items() if not is_validation(name)}
+    train = {name: text for name, text in train.items() if _lot(name, 1) < settings.text_share}
     validation = {name: text for name, text in texts.items() if is_validation(name)}
-    tokenizer = train_tokenizer(list(train.values()), vocabulary_size)
+    tokenizer = train_tokenizer(list(train.values()), settings.vocabulary_size, settings.recall_keys)
     tokenizer.save_pretrained(work / "tokenizer")
     n_text_tokens = sum(len(ids) for ids in tokenizer(list(train.values()), verbose=False)["input_ids"])
     documents = [{"text": text, "meta": {"source": name}} for name, text in train.items()]
-    sizes = [int(part) for part in recall_pairs.split(",")]
-    recall = list(_recall_documents(seed, sizes, n_text_tokens * recall_share / (1 - recall_share)))
+    share = settings.recall_share
+    recall = list(_recall_documents(settings, n_text_tokens * share / (1 - share)))
     documents += recall
-    random.Random(seed).shuffle(documents)
+    random.Random(settings.seed).shuffle(documents)
     for shard in range(N_SHARDS):
         path = work / "train" / f"chunk{1 + shard % 2}" / f"part_{shard}.jsonl"
         _write_jsonl(path, documents[shard::N_SHARDS])
@@ -156,20 +174,20 @@ def _write(work: Path, seed: int, recall_share: float, recall_pairs: str, vocabu
     }
 
 
-def _recall_documents(seed: int, sizes: list[int], n_tokens: float) -> Iterator[dict]:
-    """Recall examples of the mixed sizes (pairs), `n_tokens` in all."""
+def _recall_documents(settings: Settings, n_tokens: float) -> Iterator[dict]:
+    """Recall examples of the mixed sizes, `n_tokens` in all."""
+    sizes = [int(size) for size in settings.sizes]
+    keys, rounds = settings.recall_keys, settings.recall_rounds
     index = 0
     while n_tokens > 0:
         n_pairs = sizes[index % len(sizes)]
-        yield {
-            "text": recall_text(recall_example(seed, index, n_pairs)),
-            "meta": {"source": f"recall-{n_pairs}"},
-        }
-        n_tokens -= 4 * n_pairs + 1
+        example = recall_example(settings.seed, index, n_pairs, n_keys=keys, n_values=keys, rounds=rounds)
+        yield {"text": recall_text(example), "meta": {"source": f"recall-{n_pairs}"}}
+        n_tokens -= 2 * (1 + rounds) * n_pairs + 1
         index += 1
 
 
-def train_tokenizer(texts: list[str], vocabulary_size: int):
+def train_tokenizer(texts: list[str], vocabulary_size: int, recall_keys: int = N_KEYS):
     """A byte-level BPE tokenizer with end-of-text as token 0 and the recall tokens next."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -179,7 +197,7 @@ def train_tokenizer(texts: list[str], vocabulary_size: int):
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=[END_OF_TEXT, *recall_tokens()],
+        special_tokens=[END_OF_TEXT, *recall_tokens(recall_keys, recall_keys)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -31,8 +31,9 @@ def recall_example(
     n_queries: int | None = None,
     n_keys: int = N_KEYS,
     n_values: int = N_VALUES,
+    rounds: int = 1,
 ) -> RecallExample:
-    """Example `index` of a seed. All pairs, or `n_queries` of them, are asked for in random order."""
+    """Example `index` of a seed: all pairs, or `n_queries` of them, are asked for in random order, by rounds."""
     n_queries = n_pairs if n_queries is None else n_queries
     if not 1 <= n_pairs <= n_keys:
         raise ValueError(
@@ -44,7 +45,7 @@ def recall_example(
     generator = random.Random(f"recall:{seed}:{index}:{n_pairs}")
     keys = _shuffled(range(n_keys), generator)[:n_pairs]
     values = [int(generator.random() * n_values) for _ in keys]
-    queries = _shuffled(range(n_pairs), generator)[:n_queries]
+    queries = [query for _ in range(rounds) for query in _shuffled(range(n_pairs), generator)[:n_queries]]
     return RecallExample(tuple(keys), tuple(values), tuple(queries))
 
 
@@ -59,20 +60,18 @@ def recall_text(example: RecallExample) -> str:
     return "".join(f"<|key_{example.keys[i]}|><|val_{example.values[i]}|>" for i in order)
 
 
-def recall_vocabulary(
-    tokenizer, n_keys: int = N_KEYS, n_values: int = N_VALUES
-) -> tuple[list[int], list[int]]:
-    """Token ids of the keys and of the values. Raises ValueError for a tokenizer without them."""
+def recall_vocabulary(tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids of the keys and of the values it knows. Raises ValueError for a tokenizer without them."""
     vocabulary = tokenizer.get_vocab()
-    missing = [token for token in recall_tokens(n_keys, n_values) if token not in vocabulary]
+    tokens = recall_tokens()
+    missing = [token for token in (tokens[0], tokens[N_KEYS]) if token not in vocabulary]
     if missing:
         raise ValueError(
-            f"the tokenizer lacks {len(missing)} recall tokens, among them {missing[0]}: use the tokenizer "
-            "that "
-            "`python -m data.quickstart` writes"
+            f"the tokenizer lacks the recall tokens, {missing[0]} for one: use the tokenizer that"
+            " `python -m data.quickstart` writes"
         )
-    ids = [vocabulary[token] for token in recall_tokens(n_keys, n_values)]
-    return ids[:n_keys], ids[n_keys:]
+    keys = [vocabulary[token] for token in tokens[:N_KEYS] if token in vocabulary]
+    return keys, [vocabulary[token] for token in tokens[N_KEYS:] if token in vocabulary]
 
 
 def recall_prompt(

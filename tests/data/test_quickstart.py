@@ -14,7 +14,6 @@ from data.recall import (
     recall_example,
     recall_prompt,
     recall_text,
-    recall_tokens,
     recall_vocabulary,
 )
 from tests.data.corpora import take
@@ -114,7 +113,7 @@ def test_recall_prompt_is_the_document_and_its_answers(built):
 
 
 def test_recall_needs_its_tokens_and_sensible_sizes(tokenizer):
-    with pytest.raises(ValueError, match=rf"lacks {len(recall_tokens())} recall tokens"):
+    with pytest.raises(ValueError, match="lacks the recall tokens"):
         recall_vocabulary(tokenizer)
     with pytest.raises(ValueError, match="expected 1 to 64"):
         recall_example(0, 0, 65)
