@@ -58,7 +58,7 @@ class Settings:
             raise ValueError(f"recall_keys is {self.recall_keys}: expected 1 to {N_KEYS}")
         if not all(part.isdecimal() and 1 <= int(part) <= self.recall_keys for part in self.sizes):
             raise ValueError(
-                f"recall_pairs is {self.recall_pairs}: expected numbers from 1 to {self.recall_keys} with commas"
+                f"recall_pairs is {self.recall_pairs}: expected numbers from 1 to {self.recall_keys}, as 2,4"
             )
         if self.recall_rounds < 1:
             raise ValueError(f"recall_rounds is {self.recall_rounds}: expected at least 1")

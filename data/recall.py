@@ -33,7 +33,7 @@ def recall_example(
     n_values: int = N_VALUES,
     rounds: int = 1,
 ) -> RecallExample:
-    """Example `index` of a seed: all pairs, or `n_queries` of them, are asked for in random order, by rounds."""
+    """Example `index` of a seed; each round asks for all pairs, or `n_queries` of them, in random order."""
     n_queries = n_pairs if n_queries is None else n_queries
     if not 1 <= n_pairs <= n_keys:
         raise ValueError(
