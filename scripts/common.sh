@@ -125,8 +125,7 @@ except ConfigError as error:
     print("error:", error, file=sys.stderr)
     sys.exit(2)'
 
-# Checks every argument in one process, because launchers turn any exit status into 1 and print a traceback.
-check_settings() {
+check_counts() {
     is_count "$n_nodes" || stop "n_nodes=$n_nodes: a number of machines, 1 or more"
     is_count "$n_gpus" || stop "n_gpus=$n_gpus: a number of GPUs, 1 or more"
     case "$node_rank" in '' | *[!0-9]*) stop "node_rank=$node_rank: 0 to $((n_nodes - 1))" ;; esac
@@ -139,6 +138,10 @@ check_settings() {
         [ $((n_gpus / n_nodes)) -le "$cores" ] ||
             stop "n_gpus=$n_gpus: with launch=cpu it is the number of processes, and this machine has $cores cores"
     fi
+}
+
+# Checks every argument in one process, because launchers turn any exit status into 1 and print a traceback.
+check_settings() {
     LOCAL_WORLD_SIZE=$((n_gpus / n_nodes)) "$PYTHON" train.py "${ARGUMENTS[@]}" --validate_only=true || exit
 }
 
@@ -216,6 +219,7 @@ start_training() {
     find_python
     apply_command_line "$@"
     collect_arguments
+    if ! is_on "${plan:-}"; then check_counts; fi
     find_run_dir
     if is_on "${plan:-}"; then exec "$PYTHON" train.py "${ARGUMENTS[@]}"; fi
 
