@@ -19,8 +19,8 @@ cd "$(dirname "$0")/.." || exit 1
 family=gla
 drop_mode=
 output_dir=output
-base_steps=3000
-post_steps=1200
+base_steps=6000
+post_steps=4000
 SETTINGS="family drop_mode output_dir base_steps post_steps"
 for argument in "$@"; do
     case "${argument#--}" in
@@ -56,12 +56,17 @@ train() {
 }
 
 echo "quickstart: 1/3 a base model"
-train LPT base $base_steps init_from=scratch n_gpus=1 || exit
+start=
+if [ "$family" = gla ]; then
+    start=$runs/start
+    "$PYTHON" scripts/quickstart_start.py configs/models/gla-quickstart.json "$start" || exit
+fi
+train LPT base "$base_steps" ${start:+ckpt_path="$start"} || exit
 
 echo "quickstart: 2/3 LPT and StateX ($drop_mode) from it, side by side; what LPT says goes to $runs/LPT.log"
-train LPT LPT $post_steps ckpt_path="$base" >"$runs/LPT.log" 2>&1 &
+train LPT LPT "$post_steps" ckpt_path="$base" >"$runs/LPT.log" 2>&1 &
 other=$!
-train StateX "StateX_$drop_mode" $post_steps ckpt_path="$base" drop_prop=1 drop_mode="$drop_mode"
+train StateX "StateX_$drop_mode" "$post_steps" ckpt_path="$base" drop_prop= layers=1 drop_mode="$drop_mode"
 status=$?
 wait "$other" || { tail -n 20 "$runs/LPT.log" >&2 && exit 1; }
 [ "$status" -eq 0 ] || exit "$status"
@@ -70,7 +75,7 @@ echo "quickstart: 3/3 recall and held-out loss"
 lpt=$runs/LPT/ckpt_$post_steps
 statex=$runs/StateX_$drop_mode/ckpt_$post_steps
 report=$output_dir/quickstart/evaluation_${family}_$drop_mode
-"$PYTHON" -m eval model="$base,$lpt,$statex" tasks=mqar,ppl pairs=2,4,8,16,32 distances=0 limit=64 \
+"$PYTHON" -m eval model="$base,$lpt,$statex" tasks=mqar,ppl pairs=2,4,8,16 distances=0 limit=128 \
     lengths=512 corpus="$CORPUS/validation" output="$report" || exit
 
 echo
