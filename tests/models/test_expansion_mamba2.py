@@ -105,14 +105,15 @@ def test_merge_copy_multiplies_what_is_read_from_the_state_by_4(monkeypatch):
     model = tiny("mamba2", dtype=torch.float64)
     expanded = tiny("mamba2", dtype=torch.float64)
     expand_state(expanded, drop_prop=1, drop_mode="merge_copy")
-    ssd = models.mamba2.ssd
+    ssd_packed = models.mamba2.ssd_packed
 
-    def four_times(x, dt, A, B, C, *, D, **options):
-        y, state = ssd(x, dt, A, B, C, D=None, **options)
+    def four_times(xBC, dt, A, *, D, **options):
+        y, state = ssd_packed(xBC, dt, A, D=None, **options)  # [B, T, H, P]
+        x = xBC[..., : y[0, 0].numel()].view_as(y)
         return 4 * y + D[:, None] * x, state
 
     ours = expanded(tokens()).logits
-    monkeypatch.setattr(models.mamba2, "ssd", four_times)
+    monkeypatch.setattr(models.mamba2, "ssd_packed", four_times)
     torch.testing.assert_close(ours, model(tokens()).logits, rtol=0, atol=1e-10)
 
 
