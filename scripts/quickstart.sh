@@ -11,6 +11,7 @@
 # 4. recall against the number of pairs, and held-out loss, of all three
 #
 # Steps and seeds are fixed, so the same machine shows the same numbers. Run it again and it goes on where it stopped.
+# The README says what came out, and what a model of this size can and cannot show.
 set -u
 SCRIPT=$(basename "$0")
 cd "$(dirname "$0")/.." || exit 1
