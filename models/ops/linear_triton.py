@@ -1,45 +1,13 @@
 """CUDA path of `linear.py`: cuBLAS products around the Triton kernels of the norms and of SwiGLU."""
 
 import torch
-from torch import Tensor
 
 from .activation_triton import swiglu_backward, swiglu_forward
+from .matmul import bias_gradient as _bias_gradient
+from .matmul import input_gradient as _input_gradient
+from .matmul import product as _product
+from .matmul import weight_gradient as _weight_gradient
 from .norm_triton import norm_backward, norm_forward, rows_of
-
-
-def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """`hidden @ weight.T + bias + residual`: `[tokens, D_out]` in the residual's dtype, else in
-    hidden's."""
-    weight = weight.to(hidden.dtype)
-    if residual is None:
-        return torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
-    if residual.dtype == hidden.dtype:
-        y = torch.addmm(residual, hidden, weight.T)
-    elif hidden.is_cuda:
-        y = torch.addmm(residual, hidden, weight.T, out_dtype=residual.dtype)
-    else:
-        y = residual + (hidden @ weight.T).to(residual.dtype)
-    return y if bias is None else y.add_(bias)
-
-
-def _weight_gradient(dy: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """`dy.T @ hidden` in the weight's dtype; for fp32 weights without rounding to the compute dtype on the
-    way."""
-    if weight.dtype == hidden.dtype or not hidden.is_cuda:
-        return (dy.T @ hidden).to(weight.dtype)
-    return torch.mm(dy.T, hidden, out_dtype=weight.dtype)
-
-
-def _input_gradient(dys: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """Sum of `dy_i @ W_i`, accumulated by the products themselves."""
-    total = dys[0] @ weights[0].to(dys[0].dtype)
-    for dy, weight in zip(dys[1:], weights[1:], strict=True):
-        total.addmm_(dy, weight.to(dy.dtype))
-    return total
-
-
-def _bias_gradient(dy: Tensor, bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else dy.sum(0, dtype=torch.float32).to(bias.dtype)
 
 
 class FusedNormLinear(torch.autograd.Function):
