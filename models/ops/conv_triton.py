@@ -198,7 +198,7 @@ def _backward_token(
 @triton.jit
 def _backward_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, initial_ptr, past_ptr, sequence_ptr, dx_ptr, dweight_ptr,
-    length, D, x_stride, dy_stride,
+    length, D, x_stride, dy_stride, dx_stride,
     W: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +212,7 @@ def _backward_kernel(
     known = channel < D
     x_ptr += row * length * x_stride
     dy_ptr += row * length * dy_stride
-    dx_ptr += row * length * D
+    dx_ptr += row * length * dx_stride
     w0, w1 = _weight(weight_ptr, channel, known, 0, W), _weight(weight_ptr, channel, known, 1, W)
     w2, w3 = _weight(weight_ptr, channel, known, 2, W), _weight(weight_ptr, channel, known, 3, W)
     bias = _bias(bias_ptr, channel, known, HAS_BIAS)
@@ -242,13 +242,13 @@ def _backward_kernel(
         now_x0, now_x1 = x0.to(tl.float32), x1.to(tl.float32)
         d1, d2, d3, s0, s1, s2, s3, sb = _backward_token(
             dy0.to(tl.float32), now_x0, p1, p2, p3, d1, d2, d3, s0, s1, s2, s3, sb, w0, w1, w2, w3, bias,
-            dx_ptr, initial_ptr, past_ptr, sequence_ptr, token, first, length, row, channel, known, D, D,
-            W, SILU, HAS_INITIAL, PACKED, True,
+            dx_ptr, initial_ptr, past_ptr, sequence_ptr, token, first, length, row, channel, known, D,
+            dx_stride, W, SILU, HAS_INITIAL, PACKED, True,
         )  # fmt: skip
         d1, d2, d3, s0, s1, s2, s3, sb = _backward_token(
             dy1.to(tl.float32), now_x1, now_x0, p1, p2, d1, d2, d3, s0, s1, s2, s3, sb, w0, w1, w2, w3, bias,
-            dx_ptr, initial_ptr, past_ptr, sequence_ptr, token + 1, first, length, row, channel, known, D, D,
-            W, SILU, HAS_INITIAL, PACKED, True,
+            dx_ptr, initial_ptr, past_ptr, sequence_ptr, token + 1, first, length, row, channel, known, D,
+            dx_stride, W, SILU, HAS_INITIAL, PACKED, True,
         )  # fmt: skip
         p1, p2, p3 = now_x1, now_x0, p1
         x0, x1, dy0, dy1 = next_x0, next_x1, next_dy0, next_dy1
@@ -258,8 +258,8 @@ def _backward_kernel(
         dy = _row(dy_ptr, token, dy_stride, channel, known, length)
         d1, d2, d3, s0, s1, s2, s3, sb = _backward_token(
             dy, x, p1, p2, p3, d1, d2, d3, s0, s1, s2, s3, sb, w0, w1, w2, w3, bias, dx_ptr, initial_ptr,
-            past_ptr, sequence_ptr, token, first, length, row, channel, known, D, D,
-            W, SILU, HAS_INITIAL, PACKED, False,
+            past_ptr, sequence_ptr, token, first, length, row, channel, known, D,
+            dx_stride, W, SILU, HAS_INITIAL, PACKED, False,
         )  # fmt: skip
         p1, p2, p3 = x, p1, p2
     part = dweight_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * ((W + 1) * D) + channel
@@ -341,39 +341,59 @@ def _grid(x: Tensor, config: dict) -> tuple[int, int, int]:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, initial_state, cu_seqlens, silu):
-        x, weight = _rows(x), weight.contiguous()
-        initial_state = None if initial_state is None else initial_state.contiguous()
-        past, sequence = _bounds_of(x, cu_seqlens)
-        ctx.options = {
-            "W": weight.shape[1], "SILU": silu, "HAS_BIAS": bias is not None,
-            "HAS_INITIAL": initial_state is not None, "PACKED": cu_seqlens is not None,
-        }  # fmt: skip
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _forward_kernel[_grid(x, FORWARD)](
-            x, weight, bias, initial_state, past, sequence, y, x.shape[1], x.shape[2], x.stride(1),
-            **ctx.options, **FORWARD,
-        )  # fmt: skip
+        x = _rows(x)
+        y, past, sequence = convolve(x, weight, bias, initial_state, cu_seqlens, silu)
         ctx.save_for_backward(x, weight, bias, initial_state, past, sequence, cu_seqlens)
+        ctx.silu = silu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, initial_state, past, sequence, cu_seqlens = ctx.saved_tensors
-        dy = _rows(dy)
-        channels, width = weight.shape
+        x, *saved = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        grid = _grid(x, BACKWARD)
-        parts = torch.empty(grid[1] * grid[2], width + 1, channels, dtype=torch.float32, device=x.device)
-        _backward_kernel[grid](
-            dy, x, weight, bias, initial_state, past, sequence, dx, parts, x.shape[1], channels, x.stride(1),
-            dy.stride(1), **ctx.options, **BACKWARD,
-        )  # fmt: skip
-        parts = parts.sum(0)
-        dinitial = None
-        if initial_state is not None:
-            dinitial = _initial_gradient(dy, x, weight, bias, initial_state, cu_seqlens, ctx.options)
-        dbias = None if bias is None else parts[width].to(bias.dtype)
-        return dx, parts[:width].t().to(weight.dtype), dbias, dinitial, None, None
+        return dx, *convolve_backward(_rows(dy), x, *saved, ctx.silu, dx), None, None
+
+
+def convolve(x, weight, bias, initial_state, cu_seqlens, silu) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The forward kernel: y, and for packed sequences the bounds that `convolve_backward` wants."""
+    past, sequence = _bounds_of(x, cu_seqlens)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    _forward_kernel[_grid(x, FORWARD)](
+        x, weight.contiguous(), bias, initial_state, past, sequence, y, x.shape[1], x.shape[2], x.stride(1),
+        **_options(weight, bias, initial_state, past, silu), **FORWARD,
+    )  # fmt: skip
+    return y, past, sequence
+
+
+def convolve_backward(
+    dy, x, weight, bias, initial_state, past, sequence, cu_seqlens, silu, dx
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Fills dx `[B, T, D]`, of any stride between tokens; gradients of weight, bias and initial state."""
+    channels, width = weight.shape
+    weight = weight.contiguous()
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    options = _options(weight, bias, initial_state, past, silu)
+    grid = _grid(x, BACKWARD)
+    parts = torch.empty(grid[1] * grid[2], width + 1, channels, dtype=torch.float32, device=x.device)
+    _backward_kernel[grid](
+        dy, x, weight, bias, initial_state, past, sequence, dx, parts, x.shape[1], channels, x.stride(1),
+        dy.stride(1), dx.stride(1), **options, **BACKWARD,
+    )  # fmt: skip
+    parts = parts.sum(0)
+    dinitial = None
+    if initial_state is not None:
+        dinitial = _initial_gradient(dy, x, weight, bias, initial_state, cu_seqlens, options)
+    dbias = None if bias is None else parts[width].to(bias.dtype)
+    return parts[:width].t().to(weight.dtype), dbias, dinitial
+
+
+def _options(weight, bias, initial_state, past, silu: bool) -> dict:
+    """The constants the kernels are compiled for."""
+    return {
+        "W": weight.shape[1], "SILU": silu, "HAS_BIAS": bias is not None,
+        "HAS_INITIAL": initial_state is not None, "PACKED": past is not None,
+    }  # fmt: skip
 
 
 def _initial_gradient(dy, x, weight, bias, initial_state, cu_seqlens, options: dict) -> Tensor:

@@ -19,7 +19,7 @@ fp32.
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +34,18 @@ _pass = threading.local()
 
 
 @contextmanager
-def _recomputing() -> Iterator[None]:
-    _pass.recomputing = True
+def _in_region(phase: str) -> Iterator[None]:
+    _pass.phase = phase
     try:
         yield
     finally:
-        _pass.recomputing = False
+        _pass.phase = None
 
 
 def recomputation_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """`context_fn` of a checkpoint: tells `gated_norm_linear` when it runs only to be differentiated."""
-    return nullcontext(), _recomputing()
+    """`context_fn` of a checkpoint: tells `gated_norm_linear` whether it runs for its result or only to be
+    differentiated."""
+    return _in_region("first"), _in_region("again")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -108,8 +109,7 @@ def gated_norm_linear(
         residual: `[..., D_out]`; the sum is in its dtype.
         norm_before_gate, groups, backend: see `gated_rms_norm`.
         ends_recomputation: the caller promises that a checkpointed region ends here, so that a second run of
-        it in the
-            backward pass needs the inputs of the product, but not the product.
+            it in the backward pass needs the inputs of the product, but not the product.
 
     Returns:
         `[..., D_out]`.
@@ -119,8 +119,8 @@ def gated_norm_linear(
         from .linear_triton import FusedGatedNormLinear
 
         options = eps, norm_before_gate, groups, compute_dtype(x)
-        skip = ends_recomputation and getattr(_pass, "recomputing", False)
-        return FusedGatedNormLinear.apply(x, gate, norm_weight, *options, weight, bias, residual, skip)
+        phase = getattr(_pass, "phase", None) if ends_recomputation else None
+        return FusedGatedNormLinear.apply(x, gate, norm_weight, *options, weight, bias, residual, phase)
     hidden = gated_rms_norm(x, gate, norm_weight, eps, **order, backend="torch").to(compute_dtype(x))
     return _add(F.linear(hidden, _like(weight, hidden), _like(bias, hidden)), residual)
 
@@ -144,8 +144,7 @@ def swiglu_mlp(
         gate_weight, up_weight: `[I, D]`.
         down_weight: `[D, I]`.
         recompute: keep x alone and compute `h @ W_gate.T` and `h @ W_up.T` again in the backward pass (the
-        product
-            with W_down is not repeated).
+            product with W_down is not repeated).
         backend: see `models/ops/backend.py`.
 
     Returns:

@@ -40,39 +40,49 @@ class FusedNormLinear(torch.autograd.Function):
         dbiases = [_bias_gradient(dys[i], b) if i in dys else None for i, b in enumerate(biases)]
         del hidden
         dhidden = _input_gradient([dys[i] for i in used], [weights[i] for i in used])
-        dx, _, dnorm = norm_backward(dhidden, dx_through, rows, None, norm_weight, rstd, True, 1, rows.dtype)
+        dx, _, dnorm, _ = norm_backward(
+            dhidden, dx_through, rows, None, norm_weight, rstd, True, 1, rows.dtype
+        )
         return dx.view(shape), dnorm.to(norm_weight.dtype), None, None, None, *dweights, *dbiases
 
 
 class FusedGatedNormLinear(torch.autograd.Function):
-    """See `gated_norm_linear`. With `skip` the output holds nothing: only what is saved is wanted."""
+    """See `gated_norm_linear`.
+
+    In a checkpointed region `phase` is "first" or "again". The second run's output holds nothing, since only
+    what it saves is wanted; both then save the same tensors, without the root mean squares.
+    """
 
     @staticmethod
     def forward(
-        ctx, x, gate, norm_weight, eps, norm_before_gate, groups, dtype, weight, bias, residual, skip
+        ctx, x, gate, norm_weight, eps, norm_before_gate, groups, dtype, weight, bias, residual, phase
     ):
         rows, order = rows_of(x), (norm_before_gate, groups)
-        out_dtype = dtype if residual is None else residual.dtype
-        ctx.save_for_backward(rows, gate, norm_weight, weight, bias)
         ctx.options = eps, order, dtype, x.shape, None if residual is None else residual.dtype
-        if skip:
-            return x.new_empty(*x.shape[:-1], len(weight), dtype=out_dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            hidden, _, _ = norm_forward(rows, norm_weight, eps, None, gate, *order, out_dtype=dtype)
-            y = _product(hidden, weight, bias, None if residual is None else rows_of(residual))
+        rstd = None
+        if phase == "again":
+            y = x.new_empty(len(rows), len(weight), dtype=dtype if residual is None else residual.dtype)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                hidden, _, rstd = norm_forward(rows, norm_weight, eps, None, gate, *order, out_dtype=dtype)
+                y = _product(hidden, weight, bias, None if residual is None else rows_of(residual))
+        ctx.save_for_backward(rows, gate, norm_weight, weight, bias, None if phase else rstd)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
-        rows, gate, norm_weight, weight, bias = ctx.saved_tensors
+        rows, gate, norm_weight, weight, bias, rstd = ctx.saved_tensors
         eps, order, dtype, shape, residual_dtype = ctx.options
         dresidual = None if residual_dtype is None else dy
         dy = rows_of(dy.to(dtype))
-        hidden, _, rstd = norm_forward(rows, norm_weight, eps, None, gate, *order, out_dtype=dtype)
-        dweight, dbias = _weight_gradient(dy, hidden, weight), _bias_gradient(dy, bias)
-        del hidden
+        if rstd is None:
+            rstd = norm_forward(rows, norm_weight, eps, None, gate, *order, out_dtype=dtype)[2]
         dhidden = _input_gradient([dy], [weight])
-        dx, dgate, dnorm = norm_backward(dhidden, None, rows, gate, norm_weight, rstd, *order, rows.dtype)
+        dx, dgate, dnorm, hidden = norm_backward(
+            dhidden, None, rows, gate, norm_weight, rstd, *order, rows.dtype, y_dtype=dtype
+        )
+        del dhidden
+        dweight, dbias = _weight_gradient(dy, hidden, weight), _bias_gradient(dy, bias)
         dnorm = dnorm.view(norm_weight.shape).to(norm_weight.dtype)
         gradients = dx.view(shape), dgate.view(gate.shape), dnorm
         return *gradients, None, None, None, None, dweight, dbias, dresidual, None
@@ -113,7 +123,7 @@ class FusedSwiGLUMLP(torch.autograd.Function):
         del hidden
         dhidden = _input_gradient([dgate, dup], weights)
         del dgate, dup
-        dx, _, dnorm = norm_backward(
+        dx, _, dnorm, _ = norm_backward(
             dhidden, stream_gradient, rows, None, norm_weight, rstd, True, 1, rows.dtype
         )
         dnorm = dnorm.to(norm_weight.dtype)

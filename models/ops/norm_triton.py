@@ -54,11 +54,14 @@ def _rms_norm_forward(
 
 @triton.jit
 def _rms_norm_backward(
-    dy_ptr, dtotal_ptr, x_ptr, gate_ptr, weight_ptr, rstd_ptr, dx_ptr, dgate_ptr, dweight_ptr,
-    tokens, tokens_per_program, dy_stride, dtotal_stride, x_stride, gate_stride,
+    dy_ptr, dtotal_ptr, x_ptr, gate_ptr, weight_ptr, rstd_ptr, dx_ptr, dgate_ptr, dweight_ptr, y_ptr,
+    tokens, tokens_per_program, dy_stride, dtotal_stride, x_stride, gate_stride, dgate_stride,
     G: tl.constexpr, D: tl.constexpr, WEIGHT_PER_GROUP: tl.constexpr, HAS_DTOTAL: tl.constexpr,
-    HAS_GATE: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_GATE: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, HAS_Y: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """dx, dgate and each program's part of dweight; with HAS_Y the norm's output once more, while its inputs
+    are at hand. Grid: (programs, G)."""
     program = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
@@ -104,7 +107,12 @@ def _rms_norm_backward(
         tl.store(dx_ptr + rows[:, None] * (G * D) + channel, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if HAS_GATE:
             out = dgate.to(dgate_ptr.dtype.element_ty)
-            tl.store(dgate_ptr + rows[:, None] * (G * D) + channel, out, mask=inside)
+            tl.store(dgate_ptr + rows[:, None] * dgate_stride + channel, out, mask=inside)
+        if HAS_Y:
+            y = xhat * weight
+            if HAS_GATE and NORM_BEFORE_GATE:
+                y *= act
+            tl.store(y_ptr + rows[:, None] * (G * D) + channel, y.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(dweight_ptr + (program * G + group) * D + columns, dweight, mask=columns < D)
 
 
@@ -144,8 +152,18 @@ def norm_forward(x, weight, eps, residual, gate, norm_before_gate, groups, out_d
     return y, total, rstd
 
 
-def norm_backward(dy, dtotal, x, gate, weight, rstd, norm_before_gate, groups, dx_dtype):
-    """Runs the backward kernel on rows `[tokens, C]`. Returns dx, dgate (or None) and dweight in fp32."""
+def norm_backward(
+    dy, dtotal, x, gate, weight, rstd, norm_before_gate, groups, dx_dtype, *, dgate=None, y_dtype=None
+):
+    """Runs the backward kernel on rows `[tokens, C]`.
+
+    Args:
+        dgate: where to put the gate's gradient, rows of any stride; None makes a tensor.
+        y_dtype: also form the norm's output again, in this dtype.
+
+    Returns:
+        dx, dgate (or None), dweight in fp32, and the norm's output (or None).
+    """
     tokens, channels = x.shape
     row = channels // groups
     dy = rows_of(dy)
@@ -155,16 +173,19 @@ def norm_backward(dy, dtotal, x, gate, weight, rstd, norm_before_gate, groups, d
     per_program = triton.cdiv(triton.cdiv(tokens, max(1, _MAX_BACKWARD_PROGRAMS // groups)), rows) * rows
     programs = triton.cdiv(tokens, per_program)
     dx = torch.empty(tokens, channels, dtype=dx_dtype, device=x.device)
-    dgate = None if gate is None else torch.empty(tokens, channels, dtype=gate.dtype, device=x.device)
+    if gate is not None and dgate is None:
+        dgate = torch.empty(tokens, channels, dtype=gate.dtype, device=x.device)
+    y = None if y_dtype is None else torch.empty(tokens, channels, dtype=y_dtype, device=x.device)
     dweight = torch.empty(programs, groups, row, dtype=torch.float32, device=x.device)
     _rms_norm_backward[(programs, groups)](
-        dy, dtotal, x, gate, weight, rstd, dx, dgate, dweight, tokens, per_program,
-        dy.stride(0), _stride(dtotal), x.stride(0), _stride(gate),
+        dy, dtotal, x, gate, weight, rstd, dx, dgate, dweight, y, tokens, per_program,
+        dy.stride(0), _stride(dtotal), x.stride(0), _stride(gate), _stride(dgate),
         G=groups, D=row, WEIGHT_PER_GROUP=weight.numel() != row, HAS_DTOTAL=dtotal is not None,
-        HAS_GATE=gate is not None, NORM_BEFORE_GATE=norm_before_gate, ROWS=rows, BLOCK=block, num_warps=warps,
+        HAS_GATE=gate is not None, NORM_BEFORE_GATE=norm_before_gate, HAS_Y=y is not None, ROWS=rows,
+        BLOCK=block, num_warps=warps,
     )  # fmt: skip
     dweight = dweight.sum(0)  # [G, D]
-    return dx, dgate, dweight.view(-1) if weight.numel() != row else dweight.sum(0)
+    return dx, dgate, dweight.view(-1) if weight.numel() != row else dweight.sum(0), y
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -183,7 +204,7 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx, dy, dtotal):
         total, gate, weight, rstd = ctx.saved_tensors
         norm_before_gate, groups, x_dtype, shape = ctx.options
-        dx, dgate, dweight = norm_backward(
+        dx, dgate, dweight, _ = norm_backward(
             dy, dtotal if ctx.has_residual else None, total, gate, weight, rstd, norm_before_gate, groups,
             ctx.residual_dtype or x_dtype,
         )  # fmt: skip
