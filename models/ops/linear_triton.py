@@ -17,17 +17,17 @@ class FusedNormLinear(torch.autograd.Function):
     def forward(ctx, x, norm_weight, eps, dtype, count, *weights_and_biases):
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
         with torch.autocast(x.device.type, enabled=False):
-            hidden, rows, _ = norm_forward(x, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
+            hidden, rows, rstd = norm_forward(x, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
             outputs = [_product(hidden, w, b, None) for w, b in zip(weights, biases, strict=True)]
-        ctx.save_for_backward(rows, norm_weight, *weights_and_biases)
-        ctx.options = eps, dtype, count, x.shape
+        ctx.save_for_backward(rows, rstd, norm_weight, *weights_and_biases)
+        ctx.options = dtype, count, x.shape
         ctx.set_materialize_grads(False)
         return *(y.view(*x.shape[:-1], -1) for y in outputs), x
 
     @staticmethod
     def backward(ctx, *gradients):
-        rows, norm_weight, *weights_and_biases = ctx.saved_tensors
-        eps, dtype, count, shape = ctx.options
+        rows, rstd, norm_weight, *weights_and_biases = ctx.saved_tensors
+        dtype, count, shape = ctx.options
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
         *dys, dx_through = gradients
         used = [i for i, dy in enumerate(dys) if dy is not None]
@@ -35,14 +35,13 @@ class FusedNormLinear(torch.autograd.Function):
         if not used:
             return dx_through, None, *empty
         dys = {i: rows_of(dys[i].to(dtype)) for i in used}
-        hidden, _, rstd = norm_forward(rows, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
+        dhidden = _input_gradient([dys[i] for i in used], [weights[i] for i in used])
+        dx, _, dnorm, hidden = norm_backward(
+            dhidden, dx_through, rows, None, norm_weight, rstd, True, 1, rows.dtype, y_dtype=dtype
+        )
+        del dhidden
         dweights = [_weight_gradient(dys[i], hidden, w) if i in dys else None for i, w in enumerate(weights)]
         dbiases = [_bias_gradient(dys[i], b) if i in dys else None for i, b in enumerate(biases)]
-        del hidden
-        dhidden = _input_gradient([dys[i] for i in used], [weights[i] for i in used])
-        dx, _, dnorm, _ = norm_backward(
-            dhidden, dx_through, rows, None, norm_weight, rstd, True, 1, rows.dtype
-        )
         return dx.view(shape), dnorm.to(norm_weight.dtype), None, None, None, *dweights, *dbiases
 
 
@@ -94,37 +93,36 @@ class FusedSwiGLUMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, eps, dtype, recompute, gate_weight, up_weight, down_weight):
         with torch.autocast(x.device.type, enabled=False):
-            hidden, rows, _ = norm_forward(x, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
+            hidden, rows, rstd = norm_forward(x, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
             gate, up = _product(hidden, gate_weight, None, None), _product(hidden, up_weight, None, None)
             del hidden
             y = _product(swiglu_forward(gate, up), down_weight, None, rows)
         kept = () if recompute else (gate, up)
-        ctx.save_for_backward(rows, norm_weight, gate_weight, up_weight, down_weight, *kept)
+        ctx.save_for_backward(rows, rstd, norm_weight, gate_weight, up_weight, down_weight, *kept)
         ctx.options = eps, dtype, x.shape
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy):
-        rows, norm_weight, gate_weight, up_weight, down_weight, *kept = ctx.saved_tensors
+        rows, rstd, norm_weight, gate_weight, up_weight, down_weight, *kept = ctx.saved_tensors
         eps, dtype, shape = ctx.options
         stream_gradient = rows_of(dy)
         dy = stream_gradient.to(dtype)
-        hidden, _, rstd = norm_forward(rows, norm_weight, eps, None, None, True, 1, out_dtype=dtype)
-        gate, up = kept or (
-            _product(hidden, gate_weight, None, None),
-            _product(hidden, up_weight, None, None),
-        )
-        dgate, dup, product = swiglu_backward(_input_gradient([dy], [down_weight]), gate, up, recompute=True)
-        del gate, up, kept
+        hidden = None
+        if not kept:
+            hidden = norm_forward(rows, norm_weight, eps, None, None, True, 1, out_dtype=dtype)[0]
+            kept = [_product(hidden, weight, None, None) for weight in (gate_weight, up_weight)]
+        dgate, dup, product = swiglu_backward(_input_gradient([dy], [down_weight]), *kept, recompute=True)
+        del kept
         ddown = _weight_gradient(dy, product, down_weight)
         del product
-        weights = [gate_weight, up_weight]
-        dgate_weight, dup_weight = (_weight_gradient(d, hidden, w) for d, w in zip([dgate, dup], weights))
-        del hidden
-        dhidden = _input_gradient([dgate, dup], weights)
-        del dgate, dup
-        dx, _, dnorm, _ = norm_backward(
-            dhidden, stream_gradient, rows, None, norm_weight, rstd, True, 1, rows.dtype
-        )
-        dnorm = dnorm.to(norm_weight.dtype)
-        return dx.view(shape), dnorm, None, None, None, dgate_weight, dup_weight, ddown
+        dhidden = _input_gradient([dgate, dup], [gate_weight, up_weight])
+        dx, _, dnorm, formed = norm_backward(
+            dhidden, stream_gradient, rows, None, norm_weight, rstd, True, 1, rows.dtype,
+            y_dtype=dtype if hidden is None else None,
+        )  # fmt: skip
+        del dhidden
+        hidden = formed if hidden is None else hidden
+        dgate_weight = _weight_gradient(dgate, hidden, gate_weight)
+        dup_weight = _weight_gradient(dup, hidden, up_weight)
+        return dx.view(shape), dnorm.to(norm_weight.dtype), None, None, None, dgate_weight, dup_weight, ddown
