@@ -1,14 +1,23 @@
 """Training throughput of the 1.3B models on one GPU, beside the plain flash-linear-attention loop.
 
-    python -m benchmarks.throughput [rows=gla-lpt,gla-statex,...] [length=65536] [steps=5] [memory_gb=84.9]
+    python -m benchmarks.throughput [rows=gla-lpt,gla-statex,...] [length=65536] [batch=1] [steps=5]
+                                    [equal=false] [recompute=auto] [memory_gb=84.9]
                                     [output=throughput.json] [profile=false]
 
 Every row runs in this one process, on random tokens, from random weights: a step is forward, backward,
 clipping and AdamW. Rows named `fla-*` are flash-linear-attention's own models in a plain loop with bf16
 parameters and every layer recomputed; all others are this repository's, with fp32 parameters and moments,
-bf16 products and automatic recomputation. `profile=true` adds each row's kernels, by share of one step.
-`memory_gb` caps what a row may take, so that a larger card answers for an H100 80GB (84.9e9 bytes). Prints a
-table and writes the same figures, with versions and the card's name, as JSON.
+bf16 products (`*-fp8`: fp8 products) and automatic recomputation.
+
+`length=4096,16384,65536,262144` measures every row at each length. `recompute=full` (or another level) makes
+every layer of ours do that; a single row may end in `@LEVEL` or `@ROW` (benchmarks/throughput_rows.py).
+Memory left over buys less recomputation, so that automatic rows do not compare like with like: `equal=true`
+adds, for every expanded row, the unexpanded model with the same levels (`gla-lpt@gla-statex`), and the second
+table holds both prices. `profile=true` adds each row's kernels, by share of one step. `memory_gb` caps what a
+row may take, so that a larger card answers for an H100 80GB (84.9e9 bytes); a row that does not fit says so.
+
+Prints tables and writes the same figures, with versions and the card's name, as JSON. A row takes 10 to 20 s
+at 65,536 tokens with steps=3, a minute at 262,144.
 """
 
 import gc
@@ -18,28 +27,32 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from benchmarks.throughput_rows import LEVELS, ROWS, Load, build, products_of, split_name
+from benchmarks.throughput_table import PRICED, Row, describe, equal_row, price_table, prices, table
+
 LEARNING_RATE = 3e-4
+DEFAULTS = {
+    "rows": ",".join(ROWS),
+    "length": "65536",
+    "batch": "1",
+    "steps": "5",
+    "equal": "false",
+    "recompute": "auto",
+    "memory_gb": "84.9",
+    "output": "throughput.json",
+    "profile": "false",
+}
 
 
-@dataclass
-class Row:
-    """Figures of one benchmark row; times in seconds, memory in GB (1e9 bytes)."""
-
-    name: str
-    tokens_per_second: float
-    step_seconds: float
-    spread: float  # (slowest - fastest) / median of the timed steps
-    peak_gb: float
-    first_step_seconds: float  # from the start of building the model to the end of the first step
-    loss: float
-    recompute: str = ""
+class DoesNotFitError(RuntimeError):
+    """A row needs more memory than it may take."""
 
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -48,81 +61,11 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def _fla(model: nn.Module) -> tuple[nn.Module, str]:
-    model = model.to("cuda", torch.bfloat16)
-    model.train()
-    model.gradient_checkpointing_enable()
-    return model, "all layers"
-
-
-def fla_gla(num_heads: int = 4) -> tuple[nn.Module, str]:
-    """flash-linear-attention's GLA-1.3B."""
-    from fla.models import GLAConfig, GLAForCausalLM
-
-    with torch.device("cuda"):
-        return _fla(GLAForCausalLM(GLAConfig(num_heads=num_heads)))
-
-
-def fla_mamba2() -> tuple[nn.Module, str]:
-    """flash-linear-attention's Mamba2-1.3B, which runs mamba_ssm's and causal_conv1d's kernels."""
-    from fla.models import Mamba2Config, Mamba2ForCausalLM
-
-    shape = {"vocab_size": 50288, "tie_word_embeddings": True, "state_size": 128, "head_dim": 64}
-    with torch.device("cuda"):
-        return _fla(Mamba2ForCausalLM(Mamba2Config(**shape)))
-
-
-def ours(family: str, length: int, memory: float, **expansion: object) -> tuple[nn.Module, str]:
-    """This repository's 1.3B model, expanded or not, as `train.py` prepares it."""
-    from models import build_model, expand_state
-    from training.config import RunConfig
-    from training.recompute import choose_recompute
-
-    model = build_model(f"configs/models/{family}-1.3B.json", device="meta")
-    if expansion:
-        expand_state(model, **expansion)
-    _fill(model.to_empty(device="cuda"))
-    model.train()
-    config = RunConfig(launch="ddp", max_len=length)
-    levels = choose_recompute(model, config, 1, torch.device("cuda", torch.cuda.current_device()), memory)
-    model.set_recompute(levels)
-    return model, ", ".join(f"{levels.count(level)} {level}" for level in dict.fromkeys(levels))
-
-
-@torch.no_grad()
-def _fill(model: nn.Module) -> None:
-    """Random weights drawn on the GPU: `model.initialize` draws on the CPU, reproducibly but slowly."""
-    from models.draw import Draw
-
-    draw = Draw(0)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            parameter.normal_(std=0.02)
-        if sum(p.numel() for p in module.parameters(recurse=False)) < 2**20:
-            model.initialize_module(module, draw)
-    model.tie_weights()
-
-
-def rows(length: int, memory: float) -> dict[str, Callable[[], tuple[nn.Module, str]]]:
-    """All rows of the table, by name."""
-    return {
-        "fla-gla": fla_gla,
-        "fla-gla-one-head": lambda: fla_gla(num_heads=1),
-        "gla-lpt": lambda: ours("gla", length, memory),
-        "gla-statex": lambda: ours("gla", length, memory, drop_prop=6, drop_mode="gla"),
-        "gla-one-head": lambda: ours("gla", length, memory, drop_prop=1, drop_mode="gla"),
-        "fla-mamba2": fla_mamba2,
-        "mamba2-lpt": lambda: ours("mamba2", length, memory),
-        "mamba2-statex": lambda: ours("mamba2", length, memory, drop_prop=6, drop_mode="mamba4"),
-        "mamba2-all": lambda: ours("mamba2", length, memory, drop_prop=1, drop_mode="mamba4"),
-    }
-
-
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, autocast: bool
 ) -> float:
-    """One optimiser step on `[1, T]` tokens. Returns the loss."""
-    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+    """One optimiser step on `[B, T]` tokens. Returns the loss."""
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=autocast):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -152,18 +95,36 @@ def print_kernels(step: Callable[[], float], most: int = 30) -> None:
         )
 
 
-def measure(
-    name: str, build: Callable[[], tuple[nn.Module, str]], length: int, steps: int, profile: bool
-) -> Row:
-    """Builds the model of a row, takes two warm-up steps and `steps` timed ones."""
+def measure(name: str, load: Load, steps: int, profile: bool = False) -> Row:
+    """Builds the model of a row, takes two warm-up steps and `steps` timed ones.
+
+    Raises:
+        DoesNotFitError: out of memory; says with which recomputation.
+    """
     torch.manual_seed(0)
     torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    model, recompute = build()
+    levels: list[str] = []
+    with products_of(ROWS[split_name(name)[0]]):
+        try:
+            start = time.perf_counter()
+            model, levels = build(name, load)
+            return _timed_row(name, load, steps, profile, model, levels, start)
+        except torch.OutOfMemoryError as error:
+            tokens = f"{load.batch} x {load.length:,} tokens"
+            recomputed = f", recomputed: {describe(levels)}," if levels else ""
+            raise DoesNotFitError(
+                f"does not fit: {tokens}{recomputed} need more than {load.memory / 1e9:.1f} GB "
+                f"({str(error).splitlines()[0]})"
+            ) from None
+
+
+def _timed_row(
+    name: str, load: Load, steps: int, profile: bool, model: nn.Module, levels: list[str], start: float
+) -> Row:
     optimizer = _adamw(model)
     autocast = not name.startswith("fla-")
-    tokens = torch.randint(0, model.config.vocab_size, (1, length), device="cuda")
-    times, loss = [], 0.0
+    tokens = torch.randint(0, model.config.vocab_size, (load.batch, load.length), device=model.device)
+    times, first, loss = [], 0.0, 0.0
     for step in range(steps + 2):
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -178,32 +139,17 @@ def measure(
     median = statistics.median(timed)
     return Row(
         name=name,
-        tokens_per_second=length / median,
+        length=load.length,
+        batch=load.batch,
+        tokens_per_second=load.batch * load.length / median,
         step_seconds=median,
         spread=(max(timed) - min(timed)) / median,
         peak_gb=torch.cuda.max_memory_allocated() / 1e9,
+        reserved_gb=torch.cuda.max_memory_reserved() / 1e9,
         first_step_seconds=first,
         loss=loss,
-        recompute=recompute,
+        levels=levels,
     )
-
-
-def table(results: list[Row]) -> str:
-    """The figures as a Markdown table, with ratios to the flash-linear-attention rows."""
-    lines = [
-        "| row | tokens/s | against fla | step (s) | spread | peak GB | first step (s) | recomputed |",
-        "|" + " --- |" * 8,
-    ]
-    base = {"gla": "fla-gla", "mamba2": "fla-mamba2"}
-    by_name = {row.name: row for row in results}
-    for row in results:
-        reference = by_name.get(base["mamba2" if "mamba2" in row.name else "gla"])
-        ratio = f"{row.tokens_per_second / reference.tokens_per_second:.2f}x" if reference else ""
-        lines.append(
-            f"| {row.name} | {row.tokens_per_second:,.0f} | {ratio} | {row.step_seconds:.3f} "
-            f"| {row.spread:.1%} | {row.peak_gb:.1f} | {row.first_step_seconds:.1f} | {row.recompute} |"
-        )
-    return "\n".join(lines)
 
 
 def environment() -> dict[str, str]:
@@ -214,34 +160,102 @@ def environment() -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), **versions}
 
 
-def parse(arguments: list[str], known: list[str]) -> dict[str, str]:
+def parse(arguments: list[str]) -> dict[str, str]:
     """`key=value` arguments over their defaults.
 
     Raises:
-        ValueError: an unknown key or row.
+        ValueError: an unknown key, row or level, or a number that is none.
     """
-    options = {
-        "rows": ",".join(known),
-        "length": "65536",
-        "steps": "5",
-        "memory_gb": "84.9",
-        "output": "throughput.json",
-        "profile": "false",
-    }
+    options = dict(DEFAULTS)
     for argument in arguments:
         key, _, value = argument.removeprefix("--").partition("=")
         if key not in options:
             raise ValueError(f"unknown key {key!r}; known keys: {', '.join(options)}")
         options[key] = value
-    unknown = [name for name in options["rows"].split(",") if name not in known]
-    if unknown:
-        raise ValueError(f"unknown row {unknown[0]!r}; rows: {', '.join(known)}")
+    for name in options["rows"].split(","):
+        split_name(name)
+    for key in ("length", "batch", "steps"):
+        parts = options[key].split(",") if key == "length" else [options[key]]
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise ValueError(f"{key}={options[key]!r}: expected a whole number above 0")
+    if options["recompute"] not in ("auto", *LEVELS):
+        raise ValueError(f"recompute={options['recompute']!r}: expected auto, {', '.join(LEVELS)}")
+    for key in ("equal", "profile"):
+        if options[key] not in ("true", "false"):
+            raise ValueError(f"{key}={options[key]!r}: expected true or false")
     return options
+
+
+def names_to_run(options: dict[str, str]) -> list[str]:
+    """The rows asked for, each with the level that `recompute` names."""
+    names = options["rows"].split(",")
+    if options["recompute"] == "auto":
+        return names
+    ours = [name for name in names if ROWS[split_name(name)[0]].source == "ours" and "@" not in name]
+    return [f"{name}@{options['recompute']}" if name in ours else name for name in names]
+
+
+def equal_names(results: list[Row]) -> Iterator[str]:
+    """Rows still missing for the prices at equal recomputation: yielded while `results` grows."""
+    for row in list(results):
+        over = PRICED.get(row.base)
+        ours = ROWS[row.base].source == "ours"
+        if ours and over is not None and "@" not in row.name and equal_row(row, results) is None:
+            yield f"{over}@{row.name}"
+
+
+def run_all(
+    options: dict[str, str], memory: float, keep: Callable[[list[Row], list[dict]], None]
+) -> list[Row]:
+    """Measures every row at every length; `keep` is called with all figures and failures after each."""
+    results: list[Row] = []
+    failures: list[dict] = []
+    for length in map(int, options["length"].split(",")):
+        load = Load(length, int(options["batch"]), memory)
+        here: list[Row] = []
+
+        def run(name: str, load: Load = load, here: list[Row] = here) -> None:
+            try:
+                here.append(measure(name, load, int(options["steps"]), options["profile"] == "true"))
+                results.append(here[-1])
+            # out of memory, a baseline's package missing, a level that the family lacks: say so, go on
+            except Exception as error:
+                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                failures.append({"name": name, "length": load.length, "error": reason})
+            gc.collect()
+            torch.cuda.empty_cache()
+            keep(results, failures)
+
+        for name in names_to_run(options):
+            run(name)
+        if options["equal"] == "true":
+            for name in equal_names(here):
+                run(name)
+    return results
+
+
+def report(options: dict[str, str], results: list[Row], failures: list[dict]) -> None:
+    """Prints the tables and writes the record."""
+    found = prices(results)
+    print(table(results))
+    if found:
+        print("\n" + price_table(found))
+    for failure in failures:
+        print(f"not measured: {failure['name']}, {failure['length']:,} tokens: {failure['error']}")
+    print(flush=True)
+    record = {
+        "environment": environment(),
+        "options": options,
+        "rows": [asdict(row) | {"recompute": row.recompute} for row in results],
+        "prices": [asdict(price) for price in found],
+        "failures": failures,
+    }
+    Path(options["output"]).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main(arguments: list[str]) -> int:
     try:
-        options = parse(arguments, list(rows(0, 0)))
+        options = parse(arguments)
     except ValueError as error:
         print(f"benchmarks.throughput: {error}", file=sys.stderr)
         return 2
@@ -249,26 +263,10 @@ def main(arguments: list[str]) -> int:
         print("benchmarks.throughput: needs a CUDA device, and torch sees none", file=sys.stderr)
         return 2
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as train.py does
-    length, steps = int(options["length"]), int(options["steps"])
     total = torch.cuda.get_device_properties(0).total_memory
     memory = min(float(options["memory_gb"]) * 1e9, total)
     torch.cuda.set_per_process_memory_fraction(memory / total)
-    results: list[Row] = []
-    for name in options["rows"].split(","):
-        try:
-            results.append(
-                measure(name, rows(length, memory)[name], length, steps, options["profile"] == "true")
-            )
-        except (
-            RuntimeError,
-            ImportError,
-        ) as error:  # out of memory, or a baseline's package missing: say so, go on
-            print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-        gc.collect()
-        torch.cuda.empty_cache()
-        print(table(results), flush=True)
-        record = {"environment": environment(), "options": options, "rows": [asdict(row) for row in results]}
-        Path(options["output"]).write_text(json.dumps(record, indent=1) + "\n")
+    run_all(options, memory, lambda results, failures: report(options, results, failures))
     return 0
 
 
