@@ -86,6 +86,7 @@ class RunConfig:
     launch: str = "zero1"  # zero1, zero2, zero3 (DeepSpeed), ddp, or cpu
     n_gpus: int | None = None  # processes, one a GPU; none: all visible GPUs (one process on a CPU)
     dtype: str = "bf16"  # compute type, bf16 or fp32; parameters and optimiser are always fp32
+    products: str = "bf16"  # products of the blocks, bf16 or fp8 (wide ones, outputs and input gradients)
     grad_comm_dtype: str = "fp32"  # type in which ZeRO sums gradients over GPUs, fp32 or bf16
     recompute: str = "auto"  # activations made again in the backward pass: auto, none, mixer, scan, mlp, full
     compile: bool = False  # torch.compile the model

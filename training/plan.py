@@ -59,6 +59,7 @@ class RunPlan:
         size, every = self.checkpoint_bytes / 1e9, config.save_interval
         kept = min(count, config.keep_last) if config.keep_last else count
         gpu = "process" if config.launch == "cpu" else "GPU"
+        products = ", fp8 products" if config.products == "fp8" else ""
         lines = [
             ("run", str(config.run_dir)),
             ("model", f"{config.model_label} ({self.after.model_type}), init_from={config.init_from}"),
@@ -67,7 +68,7 @@ class RunPlan:
             ("trained parameters", f"{self.trained_parameters:,}"),
             ("state elements", _change(self.before.total_elements, self.after.total_elements)),
             ("FLOPs a token", f"{self.training_flops_per_token:.4g} (forward and backward)"),
-            ("launch", f"{config.launch} on {self.world_size} {gpu}(s), {config.dtype} compute"),
+            ("launch", f"{config.launch} on {self.world_size} {gpu}(s), {config.dtype} compute{products}"),
             ("memory a " + gpu, f"about {self.memory.total / 1e9:.1f} GB, recompute={_levels(self.levels)}"),
             ("tokens a step", self._accumulation()),
             ("steps", f"{config.n_train_steps:,}, {total:,} tokens in total ({short(total)})"),

@@ -17,6 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "lr_scheduler": SCHEDULERS,
     "launch": LAUNCHES,
     "dtype": ("bf16", "fp32"),
+    "products": ("bf16", "fp8"),
     "grad_comm_dtype": ("fp32", "bf16"),
     "recompute": ("auto", "none", "mixer", "scan", "mlp", "full"),  # each family has some of them
 }
@@ -135,6 +136,20 @@ def _check_machine(config: RunConfig) -> None:
         raise ConfigError("grad_comm_dtype=bf16: needs launch=zero1, zero2 or zero3")
     if config.grad_comm_dtype == "bf16" and config.dtype != "bf16":
         raise ConfigError("grad_comm_dtype=bf16: needs dtype=bf16")
+    if config.products == "fp8":
+        _check_fp8(config)
+
+
+def _check_fp8(config: RunConfig) -> None:
+    if config.dtype != "bf16":
+        raise ConfigError(f"products=fp8: needs dtype=bf16, not dtype={config.dtype}")
+    if config.launch == "cpu":
+        raise ConfigError(
+            "products=fp8: needs a GPU of compute capability 8.9 or more (Ada, Hopper, or newer), and"
+            " launch=cpu uses none; leave products=bf16"
+        )
+    if config.compile:
+        raise ConfigError("products=fp8: not together with compile=true")
 
 
 _COMBINATIONS: tuple[Callable[[RunConfig], None], ...] = (

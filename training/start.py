@@ -11,6 +11,7 @@ from models import build_model, expand_state, load_pretrained
 from models.expansion import freeze_all_but_expanded
 from models.language_model import LanguageModel
 from models.loading import read_config
+from models.ops.matmul import set_products
 from training.config import REPOSITORY, ConfigError, RunConfig, to_json
 from training.trackers import check_trackers
 
@@ -77,6 +78,8 @@ def expansion_arguments(config: RunConfig) -> dict[str, Any]:
 def start_model(config: RunConfig, checkpoint: Path | None) -> LanguageModel:
     """The model that trains, in fp32 on the CPU, expanded and frozen as the run asks.
 
+    Its matrix products are set to the run's format, for every model of this process.
+
     Args:
         checkpoint: a checkpoint of this run to go on from; its layers are expanded already.
 
@@ -92,6 +95,7 @@ def start_model(config: RunConfig, checkpoint: Path | None) -> LanguageModel:
             expand_state(model, **expansion_arguments(config))
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    set_products(config.products)
     if config.freeze_rest and checkpoint is not None:
         freeze_all_but_expanded(model)
     return model.train()

@@ -60,6 +60,15 @@ def _check_gpus(config: RunConfig) -> None:
             f"n_gpus={config.n_gpus}: that is {here} on this machine, and {present} are visible; with fewer,"
             " tokens_per_step is kept by accumulating more"
         )
+    if config.products == "fp8":
+        _check_fp8()
+
+
+def _check_fp8() -> None:
+    from models.ops.matmul import fp8_problem
+
+    if problem := fp8_problem():
+        raise ConfigError(f"products=fp8: {problem}; or leave products=bf16")
 
 
 def _check_model_arguments(config: RunConfig) -> None:

@@ -241,7 +241,7 @@ def test_norm_linear_in_fp8(interpreter, narrow_too):
 @pytest.mark.parametrize("norm_before_gate", [True, False])
 def test_gated_norm_linear_in_fp8(norm_before_gate, interpreter, narrow_too):
     def function(x, gate, norm, w, residual):
-        fields = x, gate, norm, 1e-6, norm_before_gate, 2, torch.bfloat16, w, None, residual, False
+        fields = x, gate, norm, 1e-6, norm_before_gate, 2, torch.bfloat16, w, None, residual, None
         return (fused("FusedGatedNormLinear")(*fields),)
 
     def reference(x, gate, norm, w, residual):
