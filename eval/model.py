@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.decoding import GraphedDecoder
 from models.language_model import LanguageModel
 
 from .items import GENERATE, LOGLIKELIHOOD, LOSSES, PREDICT, Item
@@ -58,6 +59,7 @@ class EvalModel:
         self.allow_long = allow_long
         self.device = next(model.parameters()).device
         self.recurrent = isinstance(model, LanguageModel)
+        self.decoder = GraphedDecoder(model) if self.recurrent else None
         takes = inspect.signature(model.forward).parameters
         self.positions = "position_ids" in takes
         self.keeps_logits = "logits_to_keep" in takes
@@ -107,6 +109,8 @@ class EvalModel:
                 return ask(items)
         except torch.OutOfMemoryError:
             pass  # leave the block first: the exception holds on to the tensors that did not fit
+        if self.decoder is not None:
+            self.decoder.close()
         torch.cuda.empty_cache()
         if len(items) > 1:
             middle = len(items) // 2
@@ -187,6 +191,8 @@ class EvalModel:
         if not self.carries:
             return self._generate_whole(items, new_tokens)
         logits, cache, mask, padded = self._read(items, 1, self.piece)
+        if self.decoder is not None:
+            cache = self.decoder.start(cache)
         token = logits[:, -1].argmax(-1, keepdim=True)
         produced = [token]
         while len(produced) < new_tokens:

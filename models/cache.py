@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +33,28 @@ class RecurrentCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen_tokens
 
+    # what the model asks of a cache; decoding.py answers in other ways
+    def step(self, model: Any, input_ids: Tensor) -> Tensor | None:
+        """Logits [B, 1, V] after one more token [B, 1], the state updated; None: the model computes them."""
+        return None
+
+    def stored(self, index: int, state: LayerState) -> LayerState:
+        """What holds layer `index`'s new state from now on."""
+        return state
+
+    def replace(self, layers: list[LayerState]) -> None:
+        """The states of all layers after a forward or a reordering."""
+        self.layers = layers
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
-        self._replace(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._replace(lambda tensor: tensor[indices.to(tensor.device)])
+        self._change(lambda tensor: tensor[indices.to(tensor.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._replace(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def detach(self) -> "RecurrentCache":
         """The same state, cut off from the graph that made it."""
@@ -57,8 +71,8 @@ class RecurrentCache:
         layers = [{name: change(tensor) for name, tensor in layer.items()} for layer in self.layers]
         return RecurrentCache(layers, self.seen_tokens)
 
-    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.layers = self._mapped(change).layers
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.replace(self._mapped(change).layers)
 
 
 @dataclass(frozen=True)

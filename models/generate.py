@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from .cache import RecurrentCache
 from .command_line import run_command
+from .decoding import GraphedDecoder
 from .families import family_of
 from .folder import TOKENIZER_FILES
 from .language_model import LanguageModel
@@ -96,12 +98,11 @@ def load_tokenizer(folder: str) -> Any:
 
 
 @torch.no_grad()
-def read_in_pieces(model: LanguageModel, tokens: Tensor, piece: int) -> Any:
-    """The state after all tokens [1, T] but the last, which `generate` reads itself; None when T is 1."""
-    state = None
+def read_in_pieces(model: LanguageModel, tokens: Tensor, piece: int) -> RecurrentCache:
+    """The state after all tokens [1, T] but the last, which `generate` reads itself."""
+    state = GraphedDecoder(model).start()
     for part in tokens[:, :-1].split(piece, dim=1) if tokens.shape[1] > 1 else ():
-        output = model(input_ids=part, past_key_values=state, use_cache=True, logits_to_keep=1)
-        state = output.past_key_values
+        model(input_ids=part, past_key_values=state, use_cache=True, logits_to_keep=1)
     return state
 
 

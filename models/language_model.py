@@ -82,9 +82,9 @@ class Trunk(nn.Module):
             if streams is not None:
                 streams.append(x)
             x, state = _run_block(block, x, cache.layers[index] if cache.layers else None, packing, update)
-            states.append(state)
+            states.append(cache.stored(index, state) if update else state)
         if update:
-            cache.layers = states
+            cache.replace(states)
         return x
 
 
@@ -230,6 +230,12 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         cache, update = self._cache(past_key_values, use_cache, batch, labels)
         packing = _packing(attention_mask, cu_seqlens, x)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        plain = packing is None and labels is None and not keep and not isinstance(logits_to_keep, Tensor)
+        if plain and length == 1 and update and input_ids is not None and not torch.is_grad_enabled():
+            logits = cache.step(self, input_ids)
+            if logits is not None:
+                output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+                return output.to_tuple() if return_dict is False else output
         streams = [] if keep else None
         with self._half_precision(x.device.type):
             x = x.to(self._residual_dtype(x))
