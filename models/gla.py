@@ -25,7 +25,7 @@ from .config import LanguageModelConfig
 from .draw import Draw
 from .families import Family, register_family
 from .language_model import Block, LanguageModel
-from .ops.gla import gla_gated
+from .ops.gla import gla_gated, made_again
 from .ops.linear import gated_norm_linear, norm_linear
 
 GATE_LOGIT_NORMALIZER = 16
@@ -121,38 +121,49 @@ class GLAMixer(nn.Module):
         state: LayerState | None = None,
         output_state: bool = False,
         cu_seqlens: Tensor | None = None,
+        recompute: str = "none",
     ) -> tuple[Tensor, LayerState | None]:
-        """Residual stream [B, T, D] -> the stream with the mixer's output added; state [N, H, K, V]."""
+        """Residual stream [B, T, D] -> the stream with the mixer's output added; state [N, H, K, V].
+
+        recompute: the block's level. In a region that runs again as a whole, the second run keeps for the
+        backward pass, which follows at once, what the kernels would otherwise make a third time.
+        """
         H, out_norm = self.shape.num_heads, self.g_norm_swish_gate
         inputs = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gk_proj[0])
         q, k, v, gate, low_rank, x = norm_linear(x, norm.weight, norm.eps, [part.weight for part in inputs])
-        q, k, v, logits = (t.unflatten(-1, (H, -1)) for t in (q, k, v, self.gk_proj[1](low_rank)))
+        q, k, v = (t.unflatten(-1, (H, -1)) for t in (q, k, v))
+        to_logits = self.gk_proj[1]
+        forget, gate_map = low_rank, (to_logits.weight, to_logits.bias)  # the operator makes the logits
         if self.shape.state_map > 1:
-            maps = (self.q_map, self.k_map, self.gk_map)
-            q, k, logits = (torch.einsum("bthk,hkj->bthj", t, m) for t, m in zip((q, k, logits), maps))
+            logits, maps = to_logits(low_rank).unflatten(-1, (H, -1)), (self.q_map, self.k_map, self.gk_map)
+            q, k, forget = (torch.einsum("bthk,hkj->bthj", t, m) for t, m in zip((q, k, logits), maps))
+            gate_map = None
         o, final = gla_gated(
             q,
             k,
             v,
-            logits,
+            forget,
+            gate_map=gate_map,
             gate_logit_normalizer=GATE_LOGIT_NORMALIZER,
             clamp_min=self.clamp_min,
             scale=self.shape.query_scale,
             initial_state=None if state is None else state["recurrent_state"],
             output_final_state=output_state,
             cu_seqlens=cu_seqlens,
+            keep=recompute in ("mixer", "full"),
         )  # [B, T, H, V]
-        x = gated_norm_linear(
-            o.flatten(-2),
-            gate,
-            out_norm.weight,
-            out_norm.eps,
-            self.o_proj.weight,
-            residual=x,
-            norm_before_gate=True,
-            groups=H,
-            ends_recomputation=True,
-        )
+        with made_again(o, recompute in ("scan", "mlp")):
+            x = gated_norm_linear(
+                o.flatten(-2),
+                gate,
+                out_norm.weight,
+                out_norm.eps,
+                self.o_proj.weight,
+                residual=x,
+                norm_before_gate=True,
+                groups=H,
+                ends_recomputation=True,
+            )
         return x, {"recurrent_state": final} if output_state else None
 
     def state_elements(self) -> int:
@@ -171,7 +182,8 @@ class GLAMixer(nn.Module):
 
 
 class GLABlock(Block):
-    recompute_levels = ("none", "mixer", "mlp", "full")
+    # scan: only the scan's output; mlp: that and the MLP's wide products; mixer, full: all of a part
+    recompute_levels = ("none", "scan", "mlp", "mixer", "full")
 
     def __init__(self, config: GLAConfig, layer_idx: int) -> None:
         super().__init__()
@@ -188,7 +200,7 @@ class GLABlock(Block):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         mixer = self.unless_kept(self.attn, "mixer", "full")
-        x, state = mixer(x, self.attn_norm, state, output_state, cu_seqlens)
+        x, state = mixer(x, self.attn_norm, state, output_state, cu_seqlens, self.recompute)
         x = self.mlp(x, self.mlp_norm, recompute=self.recompute in ("mlp", "full"))
         return x, state
 

@@ -75,7 +75,7 @@ def _saved_bytes(model_config: Any, level: str, config: RunConfig) -> int:
     mlp = width * 4 * (getattr(model_config, "intermediate_size", None) or 0)
     return (
         stream * hidden
-        + {"none": mixer + mlp, "mixer": mlp, "mlp": mixer, "scan": mixer // 2, "full": 0}[level]
+        + {"none": mixer + mlp, "mixer": mlp, "mlp": mixer, "scan": mixer // 2 + mlp, "full": 0}[level]
     )
 
 

@@ -8,12 +8,14 @@ K key channels, V value channels, N states (sequences), C tokens of a chunk.
 """
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import linear
 from .backend import resolve
 
 CHUNK_SIZE = 64
@@ -60,7 +62,7 @@ def gla(
     if q.shape[1] == 1 and cu_seqlens is None and chosen == "torch":  # a decoding step
         return _recurrent(*arguments)
     if chosen == "triton":
-        return _triton(*arguments, gate=None, keep=keep)
+        return _triton(*arguments, gate=None, gate_map=None, keep=keep)
     return _fla(*arguments) if chosen == "fla" else _chunked(*arguments)
 
 
@@ -70,6 +72,7 @@ def gla_gated(
     v: Tensor,
     gate: Tensor,
     *,
+    gate_map: tuple[Tensor, Tensor] | None = None,
     gate_logit_normalizer: float = 16.0,
     clamp_min: float | None = None,
     scale: float,
@@ -79,17 +82,41 @@ def gla_gated(
     backend: str | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`gla` from the gate's logits [B, T, H, K]: g = logsigmoid(gate) / gate_logit_normalizer, >= clamp_min.
+    """`gla` from the gate's logits: g = logsigmoid(logits) / gate_logit_normalizer, >= clamp_min.
 
     The kernels of this repository do this on the way in, so that g never exists in memory. The rest is `gla`.
+
+    Args:
+        gate: the logits [B, T, H, K]; with a gate_map what they are made from, [B, T, R].
+        gate_map: weight [H * K, R] and bias [H * K] of the linear map from gate to the logits. The kernels'
+            path keeps `gate` alone for the backward pass, R numbers a token, and makes the logits again.
     """
-    _check_shapes(q, k, v, gate, initial_state, cu_seqlens)
+    _check_shapes(q, k, v, q if gate_map else gate, initial_state, cu_seqlens)
     if resolve("gla", q.device, _offered(q, v), backend) == "triton":
         arguments = (q, k, v, gate, scale, initial_state, output_final_state, cu_seqlens)
-        return _triton(*arguments, gate=(gate_logit_normalizer, clamp_min), keep=keep)
+        decay = (gate_logit_normalizer, clamp_min)
+        return _triton(*arguments, gate=decay, gate_map=gate_map, keep=keep)
+    if gate_map is not None:
+        dtype = linear.compute_dtype(gate)
+        gate = F.linear(*(x.to(dtype) for x in (gate, *gate_map))).view(q.shape)
     g = log_decay(gate, gate_logit_normalizer, clamp_min)
     options = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
     return gla(q, k, v, g, cu_seqlens=cu_seqlens, backend=backend, **options)
+
+
+def made_again(o: Tensor, wanted: bool = True) -> AbstractContextManager:
+    """While this is entered, an output `o` of `gla` or `gla_gated` can be used without being kept.
+
+    An operation saves its input for its backward pass. Where that input is `o` itself, of this repository's
+    kernels, it is made again instead, at the price of one kernel: the scan's backward pass needs all the rest
+    anyway. Other implementations' outputs are kept, and so is `o` when this is not `wanted`. Not within a
+    checkpointed region, which keeps nothing itself.
+    """
+    if not (wanted and getattr(o.grad_fn, "remakes_output", False)):
+        return nullcontext()
+    from .gla_triton import output_made_again
+
+    return output_made_again(o)
 
 
 def log_decay(gate: Tensor, normalizer: float, clamp_min: float | None = None) -> Tensor:
@@ -247,13 +274,13 @@ class _ChunkLayout:
 
 
 def _triton(
-    q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, *, gate, keep
+    q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, *, gate, gate_map, keep
 ) -> tuple[Tensor, Tensor | None]:
     from .gla_triton import gla_triton
 
     options = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
     q, k = q.to(v.dtype), k.to(v.dtype)
-    return gla_triton(q, k, v, g, cu_seqlens=cu_seqlens, gate=gate, keep=keep, **options)
+    return gla_triton(q, k, v, g, cu_seqlens=cu_seqlens, gate=gate, gate_map=gate_map, keep=keep, **options)
 
 
 def _fla(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens) -> tuple[Tensor, Tensor | None]:

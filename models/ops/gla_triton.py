@@ -1,23 +1,30 @@
 """Chunked gated linear attention with this repository's Triton kernels: one autograd function around them.
 
+It keeps its inputs alone. What the kernels make on the way (`Inner`) is made again in the backward pass, and
+so can be the output, for whoever needs it there (`output_made_again`), and the gate's logits.
+
 What differs from chunks of 64 tokens everywhere (arXiv 2312.06635): states are stored once per 128 or 256
 tokens and recomputed in the backward pass, so that a state of K = 1024 by V = 2048 costs about 1 GB at 65,536
 tokens instead of several; decays are multiplied into the operands once, which leaves plain matrix products
 for everything of size K x V.
 """
 
-import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from itertools import accumulate, pairwise
+from functools import cache
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .gla_chunks import ChunkLayout, chunk_layout
 from .gla_triton_intra import intra_backward_kernel, prepare_kernel, scores_kernel
 from .gla_triton_mild import mild_backward_kernel, mild_scores_kernel
 from .gla_triton_state import dscores_kernel, grad_kernel, march_kernel, mix_kernel
 from .kernel_configs import kernel_config
+from .matmul import bias_gradient, weight_gradient
 
 FEW_PROGRAMS = 96  # fewer tiles than this leave a third of an H100's 132 multiprocessors idle
 
@@ -33,6 +40,7 @@ def gla_triton(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     gate: tuple[float, float | None] | None = None,
+    gate_map: tuple[Tensor, Tensor] | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`gla` for q, k [B, T, H, K] and v [B, T, H, V] of one 16- or 32-bit type, K and V powers of two >= 16.
@@ -40,6 +48,7 @@ def gla_triton(
     Args:
         gate: (normalizer, lower bound or None): g then holds gate logits, and the log decay is
             max(logsigmoid(g) / normalizer, lower bound).
+        gate_map: weight [H * K, R] and bias [H * K]: g is then [B, T, R], what they make the logits from.
         keep: keep decayed operands and states for the backward pass instead of recomputing them: faster by a
             quarter of the backward pass; for layers that are recomputed as a whole.
     """
@@ -47,7 +56,8 @@ def gla_triton(
     layout = chunk_layout(q.shape[0], q.shape[1], cu_seqlens, settings["chunk"]["size"], q.device)
     q, k, v, g = (x.contiguous() for x in (q, k, v, g))
     options = Options(scale, gate, output_final_state, keep)
-    return _ChunkedGLA.apply(q, k, v, g, initial_state, layout, options, settings)
+    weight, bias = gate_map or (None, None)
+    return _ChunkedGLA.apply(q, k, v, g, weight, bias, initial_state, layout, options, settings)
 
 
 @dataclass(frozen=True)
@@ -56,51 +66,6 @@ class Options:
     gate: tuple[float, float | None] | None  # (normalizer, lower bound) when g holds logits
     output_final_state: bool
     keep: bool
-
-
-# -------------------------------------------------------------------------------------- chunks of sequences
-
-
-@dataclass(frozen=True)
-class ChunkLayout:
-    """Chunks of at most `size` tokens, none across two sequences, over all tokens laid end to end."""
-
-    size: int
-    num_sequences: int
-    num_chunks: int
-    chunks: Tensor  # [chunks, 2]: first token, end of its sequence
-    bounds: Tensor  # [N + 1]: first token of each sequence
-    chunk_bounds: Tensor  # [N + 1]: first chunk of each sequence
-
-
-def chunk_layout(B: int, T: int, cu_seqlens: Tensor | None, size: int, device: torch.device) -> ChunkLayout:
-    """The layout of a batch, remembered: building it copies to the device and reads cu_seqlens."""
-    if cu_seqlens is None:
-        return _dense_layout(B, T, size, device)
-    for reference, version, known, layout in _recent:
-        if reference() is cu_seqlens and version == cu_seqlens._version and known == size:
-            return layout
-    layout = _build_layout(cu_seqlens.tolist(), size, device)
-    _recent.insert(0, (weakref.ref(cu_seqlens), cu_seqlens._version, size, layout))
-    del _recent[8:]
-    return layout
-
-
-_recent: list[tuple[weakref.ref, int, int, ChunkLayout]] = []
-
-
-@lru_cache(maxsize=32)
-def _dense_layout(B: int, T: int, size: int, device: torch.device) -> ChunkLayout:
-    return _build_layout([n * T for n in range(B + 1)], size, device)
-
-
-def _build_layout(bounds: list[int], size: int, device: torch.device) -> ChunkLayout:
-    chunks = [(token, end) for start, end in pairwise(bounds) for token in range(start, end, size)]
-    counts = [-(-(end - start) // size) for start, end in pairwise(bounds)]
-    tables = (torch.tensor(x, dtype=torch.int32) for x in (chunks, bounds, [0, *accumulate(counts)]))
-    return ChunkLayout(
-        size, len(counts), len(chunks), *(table.to(device, non_blocking=True) for table in tables)
-    )
 
 
 # ------------------------------------------------------------------------------------------------- settings
@@ -173,6 +138,17 @@ def _default_wide(K: int, V: int) -> dict[str, dict]:
 # ------------------------------------------------------------------------------------------------- launches
 
 
+class Inner(NamedTuple):
+    """What the kernels make between the inputs and the output."""
+
+    queries: Tensor  # q and k [B, T, H, K], decayed from the start of their chunk and to its end
+    keys: Tensor
+    b: Tensor  # log decays [B, T, H, K], float32
+    total: Tensor  # [chunks, H, K], float32
+    scores: Tensor  # within a chunk, [B, T, H, C]
+    states: Tensor  # in front of each chunk, [chunks, H, K, V]
+
+
 class Launcher:
     """The kernels at one shape, one method each: allocates what a kernel writes and launches it."""
 
@@ -184,6 +160,15 @@ class Launcher:
         normalizer, lower = options.gate or (1.0, None)
         self.gate = (1.0 / normalizer, 0.0 if lower is None else lower)
         self.gate_flags = {"GATED": options.gate is not None, "CLAMP": lower is not None}
+
+    def inner(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, first: Tensor | None, store_last: bool
+    ) -> tuple[Inner, Tensor | None]:
+        """All that comes before the output, and the last state where wanted."""
+        queries, keys, b, total = self.prepare(q, k, g)
+        scores = self.scores(q, k, b, queries, keys, total)
+        states, last = self.march(keys, v, total, first, store_last, reverse=False)
+        return Inner(queries, keys, b, total, scores, states), last
 
     def prepare(self, q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """queries, keys, b [B, T, H, K] and the chunks' totals [chunks, H, K]."""
@@ -284,42 +269,92 @@ class Launcher:
 
 class _ChunkedGLA(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, initial_state, layout, options, settings):
+    def forward(ctx, q, k, v, g, gate_weight, gate_bias, initial_state, layout, options, settings):
         launch = Launcher(q, v, layout, options, settings)
         first = None if initial_state is None else initial_state.contiguous()
         with _device_of(q):
-            queries, keys, b, total = launch.prepare(q, k, g)
-            scores = launch.scores(q, k, b, queries, keys, total)
-            states, last = launch.march(keys, v, total, first, options.output_final_state, reverse=False)
-            o = launch.mix(queries, states, scores, v, transposed=False)
-        kept = (queries, keys, b, total, scores, states) if options.keep else ()
-        ctx.save_for_backward(q, k, v, g, first, *kept)
+            gate = _gate(g, gate_weight, gate_bias, q)
+            inner, last = launch.inner(q, k, v, gate, first, options.output_final_state)
+            o = launch.mix(inner.queries, inner.states, inner.scores, v, transposed=False)
+        ctx.save_for_backward(q, k, v, g, gate_weight, gate_bias, first, *(inner if options.keep else ()))
         ctx.layout, ctx.options, ctx.settings = layout, options, settings
         ctx.state_dtype = None if initial_state is None else initial_state.dtype
+        ctx.remakes_output, ctx.again = True, None
         return o, last
 
     @staticmethod
     def backward(ctx, do, dlast):
-        q, k, v, g, first, *kept = ctx.saved_tensors
-        launch = Launcher(q, v, ctx.layout, ctx.options, ctx.settings)
+        again, ctx.again = ctx.again or _run_again(ctx), None
+        launch, (q, k, v, g, gate_weight, gate_bias), gate, (queries, keys, b, total, scores, states) = again
+        del again
         do = do.contiguous()
         with _device_of(q):
-            if kept:
-                queries, keys, b, total, scores, states = kept
-            else:
-                queries, keys, b, total = launch.prepare(q, k, g)
-                scores = launch.scores(q, k, b, queries, keys, total)
-                states, _ = launch.march(keys, v, total, first, False, reverse=False)
             dlast = None if dlast is None else dlast.contiguous()
-            wants_first = ctx.needs_input_grad[4]
+            wants_first = ctx.needs_input_grad[6]
             dstates, dfirst = launch.march(queries, do, total, dlast, wants_first, reverse=True)
             dv = launch.mix(keys, dstates, scores, do, transposed=True)
             del scores, queries, keys
             dqueries, dkeys, product = launch.grad(do, v, states, dstates)
             del states, dstates
             dscores = launch.dscores(do, v)
-            dq, dk, dg = launch.intra_backward(q, k, g, b, total, dscores, dqueries, dkeys, product)
-        return dq, dk, dv, dg, dfirst.to(ctx.state_dtype) if wants_first else None, None, None, None
+            dq, dk, dg = launch.intra_backward(q, k, gate, b, total, dscores, dqueries, dkeys, product)
+            dg, dweight, dbias = _gate_gradients(dg, g, gate_weight, gate_bias)
+        dfirst = dfirst.to(ctx.state_dtype) if wants_first else None
+        return dq, dk, dv, dg, dweight, dbias, dfirst, None, None, None
+
+
+def _run_again(node) -> tuple["Launcher", tuple, Tensor, Inner]:
+    """What a scan's backward pass starts from. Reads the saved tensors, which a checkpoint hands out once."""
+    q, k, v, g, gate_weight, gate_bias, first, *kept = node.saved_tensors
+    launch = Launcher(q, v, node.layout, node.options, node.settings)
+    with _device_of(q):
+        gate = _gate(g, gate_weight, gate_bias, q)
+        inner = Inner(*kept) if kept else launch.inner(q, k, v, gate, first, store_last=False)[0]
+    return launch, (q, k, v, g, gate_weight, gate_bias), gate, inner
+
+
+@contextmanager
+def output_made_again(o: Tensor) -> Iterator[None]:
+    """What runs inside saves the output `o` of a scan for its backward pass without keeping it.
+
+    The scan's own backward pass, which comes next, makes everything again that `o` takes but for one kernel:
+    `o` is made then, and what the scan needs is left with it. Not for checkpointed regions: saved tensors go
+    past the checkpoint here.
+    """
+    node, place, size = o.grad_fn, o.data_ptr(), o.numel()
+
+    def pack(x: Tensor) -> Tensor | torch.Size:
+        return x.shape if (x.data_ptr(), x.numel()) == (place, size) else x
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        node.again = node.again or _run_again(node)
+        launch, (_, _, v, *_), _, inner = node.again
+        with _device_of(v):
+            o = launch.mix(inner.queries, inner.states, inner.scores, v, transposed=False)
+        return o.view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _gate(g: Tensor, weight: Tensor | None, bias: Tensor | None, q: Tensor) -> Tensor:
+    """g as the kernels read it, [B, T, H, K]: as given, or logits made from g [B, T, R] in q's dtype."""
+    if weight is None:
+        return g
+    return F.linear(g.to(q.dtype), weight.to(q.dtype), bias.to(q.dtype)).view(q.shape)
+
+
+def _gate_gradients(
+    dgate: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of g, weight and bias from that of what `_gate` returns."""
+    if weight is None:
+        return dgate, None, None
+    dgate, rows = dgate.view(-1, len(weight)), g.view(-1, g.shape[-1]).to(dgate.dtype)
+    dg = (dgate @ weight.to(dgate.dtype)).view(g.shape).to(g.dtype)
+    return dg, weight_gradient(dgate, rows, weight), bias_gradient(dgate, bias)
 
 
 def _device_of(x: Tensor):

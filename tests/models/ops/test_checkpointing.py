@@ -54,3 +54,14 @@ def test_gla():
 
     inputs = [draw(1, 20, 1, 16, seed=seed) for seed in range(4)]
     assert_same_when_recomputed(function, [*inputs, draw(1, 1, 16, 16, seed=4)])
+
+
+def test_gla_with_a_low_rank_gate():
+    from models.ops.gla_triton import gla_triton
+
+    def function(q, k, v, low_rank, weight, bias):
+        return gla_triton(q, k, v, low_rank, scale=0.25, gate=(16.0, None), gate_map=(weight, bias))[0]
+
+    inputs = [draw(1, 20, 1, 16, seed=seed) for seed in range(3)]
+    inputs += [draw(1, 20, 4, seed=3), draw(16, 4, seed=4), draw(16, seed=5)]
+    assert_same_when_recomputed(function, inputs)

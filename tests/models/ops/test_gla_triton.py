@@ -3,6 +3,8 @@
 What only a GPU shows (bf16 operands, compiled code, full sizes) is in test_gla_gpu.py.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -23,6 +25,24 @@ def run_kernels(inputs, *, chunk=128, **options):
     with patch.context() as context:
         context.setattr(gla_triton, "settings_for", lambda q, v: settings)
         return run(gla_triton.gla_triton, [x.detach().float().requires_grad_() for x in inputs], **options)
+
+
+# one sequence of each length, and several end to end
+GATE_MAP_CASES = [([0, length], 64) for length in (1, 63, 64, 65)]
+GATE_MAP_CASES += [([0, 130], 128), ([0, 1, 64, 64, 130], 64)]
+
+
+@contextmanager
+def interpreted(chunk):
+    """`gla_gated` on its kernels, though `resolve` would take plain torch on a CPU."""
+    from models.ops import gla_triton
+
+    settings = gla_triton._default_wide(16, 16)
+    settings["chunk"]["size"] = chunk
+    with pytest.MonkeyPatch().context() as patch:
+        patch.setattr(gla_triton, "settings_for", lambda q, v: settings)
+        patch.setattr("models.ops.gla.resolve", lambda *_: "triton")
+        yield
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(1, 64), (65, 64), (70, 128), (300, 256)])
@@ -71,6 +91,33 @@ def test_kernels_read_gate_logits_and_keep_what_they_made(clamp_min):
         return gla_gated(q, k, v, gate, gate_logit_normalizer=16.0, clamp_min=clamp_min, **options)
 
     assert_close(run_kernels(inputs, gate=(16.0, clamp_min), keep=True), run(torch_path, inputs), 2e-6)
+
+
+@pytest.mark.parametrize("clamp_min", [None, -0.05])
+@pytest.mark.parametrize(("bounds", "chunk"), GATE_MAP_CASES)
+def test_kernels_make_the_logits_from_a_low_rank(bounds, chunk, clamp_min):
+    q, k, v, *_ = make_inputs(1, bounds[-1], 2, 16, 16)
+    draw = torch.Generator().manual_seed(3)
+    shapes = (len(bounds) - 1, 2, 16, 16), (1, bounds[-1], 5), (2 * 16, 5), (2 * 16,)
+    state, *low_rank_and_map = (torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes)
+    options = {"clamp_min": clamp_min, "cu_seqlens": torch.tensor(bounds)}
+
+    def gradients(dtype, backend, keep=False):
+        leaves = [q, k, v, state, *low_rank_and_map]
+        leaves = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        *inputs, state_in, low_rank, weight, bias = leaves
+        more = {"initial_state": state_in, "output_final_state": True, "keep": keep, "backend": backend}
+        o, last = gla_gated(*inputs, low_rank, gate_map=(weight, bias), scale=0.25, **more, **options)
+        loss = (o * torch.linspace(-1, 1, o.numel()).to(o).view(o.shape)).sum() + last.square().sum()
+        return o, last, *torch.autograd.grad(loss, leaves)
+
+    want = gradients(torch.float64, None)
+    with interpreted(chunk):
+        results = gradients(torch.float32, None), gradients(torch.float32, None, keep=True)
+    for got in results:
+        for mine, exact in zip(got, want, strict=True):
+            assert mine.dtype == torch.float32
+            assert (mine.double() - exact).norm() <= 5e-6 * exact.norm()
 
 
 def test_kernels_run_without_states():
