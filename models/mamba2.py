@@ -30,6 +30,7 @@ from .language_model import Block, LanguageModel
 from .mamba2_layouts import is_original, read_config, read_tensor, time_step_limit, write_published
 from .ops.conv import causal_conv1d
 from .ops.linear import gated_norm_linear, norm_linear
+from .ops.mamba2 import mamba2_mixer, mixer_is_fused
 from .ops.ssd import ssd, ssd_packed
 
 EMBEDDING_STD = 0.02
@@ -120,13 +121,30 @@ class Mamba2Mixer(KeepFp32):
         state: LayerState | None = None,
         output_state: bool = False,
         cu_seqlens: Tensor | None = None,
-        recompute_scan: bool = False,
+        recompute: str = "none",
+        in_place: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
         """Residual stream [B, T, D] -> the stream with the mixer's output added, and the carried state.
 
         State: `recurrent_state` [S, H, P, N], and `conv_state` [S, conv_dim, W - 1], the convolution's last
-        inputs. With `recompute_scan` all that follows W_in runs again in the backward pass.
+        inputs. `recompute`: what the backward pass computes again, see `Mamba2Block`. With `in_place` the
+        stream's memory may be overwritten.
         """
+        if self.shape.state_map == 1 and torch.is_grad_enabled() and self.is_fused(u):
+            return self.fused(u, norm, state, output_state, cu_seqlens, recompute, in_place)
+        composed = recomputed(self.composed) if recompute == "full" else self.composed
+        return composed(u, norm, state, output_state, cu_seqlens, recompute in ("conv", "scan"))
+
+    def composed(
+        self,
+        u: Tensor,
+        norm: RMSNorm,
+        state: LayerState | None,
+        output_state: bool,
+        cu_seqlens: Tensor | None,
+        recompute_scan: bool,
+    ) -> tuple[Tensor, LayerState | None]:
+        """The equations above, operator by operator."""
         # three products, not one: their outputs and gradients are then whole tensors, never copied into one
         rows = [self.inner, self.conv_dim, self.num_heads]
         biases = None if self.in_proj.bias is None else self.in_proj.bias.split(rows)
@@ -170,6 +188,40 @@ class Mamba2Mixer(KeepFp32):
         )
         return u, {"recurrent_state": final, "conv_state": conv_state} if output_state else None
 
+    def is_fused(self, u: Tensor) -> bool:
+        return mixer_is_fused(u, self.head_dim, self.shape.state_size, self.conv1d.kernel_size[0])
+
+    def fused(
+        self,
+        u: Tensor,
+        norm: RMSNorm,
+        state: LayerState | None,
+        output_state: bool,
+        cu_seqlens: Tensor | None,
+        recompute: str,
+        in_place: bool,
+    ) -> tuple[Tensor, LayerState | None]:
+        """The same as one function on CUDA, which needs less memory and fewer passes over it."""
+        options = {
+            "groups": self.n_groups,
+            "state_size": self.shape.state_size,
+            "eps": norm.eps,
+            "gated_eps": self.norm.eps,
+            "time_step_limit": tuple(self.time_step_limit),
+            "recompute": recompute,
+            "output_state": output_state,
+            "in_place": in_place,
+        }
+        parameters = (
+            *(norm.weight, self.in_proj.weight, self.in_proj.bias),
+            *(self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A_log, self.D),
+            *(self.norm.weight, self.out_proj.weight, self.out_proj.bias),
+        )
+        state = state or {}
+        carried = state.get("conv_state"), state.get("recurrent_state"), cu_seqlens
+        u, conv_state, final = mamba2_mixer(u, parameters, options, *carried)
+        return u, {"recurrent_state": final, "conv_state": conv_state} if output_state else None
+
     def recurrence(self, xBC: Tensor, dt: Tensor, **options) -> tuple[Tensor, Tensor | None]:
         """y [B, T, H, P] from the convolved x, B and C, and the final state."""
         dt, A = self.step_sizes(dt), -torch.exp(at_least_fp32(self.A_log))
@@ -204,7 +256,13 @@ class Mamba2Mixer(KeepFp32):
 
 
 class Mamba2Block(Block):
-    recompute_levels = ("none", "scan", "full")
+    """One token mixer. What the backward pass computes again, by `recompute`, each with all before it:
+
+    none, nothing; conv, the convolution; scan, the recurrence; full, W_in too. Operator by operator, conv
+    does what scan does.
+    """
+
+    recompute_levels = ("none", "conv", "scan", "full")
 
     def __init__(self, config: Mamba2Config, layer_idx: int) -> None:
         super().__init__()
@@ -218,8 +276,8 @@ class Mamba2Block(Block):
         output_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
-        mixer = self.unless_kept(self.mixer, "full")
-        return mixer(x, self.norm, state, output_state, cu_seqlens, self.recompute == "scan")
+        carried = state, output_state, cu_seqlens
+        return self.mixer(x, self.norm, *carried, self.recompute, self.owns_stream)
 
     @property
     def token_mixer(self) -> Mamba2Mixer:

@@ -24,7 +24,7 @@ class LevelCost:
     """Cost a token of one layer at one level of recomputation."""
 
     level: str
-    kept: float  # bytes that stay from forward to backward, the incoming residual stream included
+    kept: float  # bytes that stay from forward to backward, the incoming residual stream if it is one of them
     working: float  # bytes that its backward pass takes on top, at the peak
     seconds: float  # forward and backward
 
@@ -95,28 +95,28 @@ def _fill(block: nn.Module) -> None:
 
 
 def _probe(block: Block, level: str, config: LanguageModelConfig, autocast: bool) -> LevelCost:
-    device = next(block.parameters()).device
     stream = torch.bfloat16 if autocast and not config.residual_in_fp32 else torch.float32
-    block.recompute = level
-    x = torch.randn(1, PROBE_TOKENS, config.hidden_size, device=device, dtype=stream)
+    block.recompute, block.owns_stream = level, True  # as in the middle of a model
     # early rounds compile kernels and grow the allocator's segments, which would make the level probed first
     # look slow
-    costs = [_measure(block, level, x, autocast) for _ in range(WARM_UP_ROUNDS + TIMED_ROUNDS)][
-        WARM_UP_ROUNDS:
-    ]
-    return min(costs, key=lambda cost: cost.seconds)
+    rounds = range(WARM_UP_ROUNDS + TIMED_ROUNDS)
+    costs = [_measure(block, level, config.hidden_size, stream, autocast) for _ in rounds]
+    return min(costs[WARM_UP_ROUNDS:], key=lambda cost: cost.seconds)
 
 
-def _measure(block: Block, level: str, x: torch.Tensor, autocast: bool) -> LevelCost:
-    x = x.detach().clone().requires_grad_()
+def _measure(block: Block, level: str, width: int, stream: torch.dtype, autocast: bool) -> LevelCost:
+    device = next(block.parameters()).device
     block.zero_grad(set_to_none=True)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    origin = torch.zeros((), device=device, dtype=stream, requires_grad=True)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
+    # no leaf, and in no variable but the block's: it is freed unless the block keeps it
+    inputs = [torch.randn(1, PROBE_TOKENS, width, device=device, dtype=stream) + origin]
     start.record()
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
-        y, _ = block(x)
-    kept = torch.cuda.memory_allocated() - before  # the output stands for the next layer's kept input
+        y, _ = block(inputs.pop())
+    kept = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
     gradient = torch.ones_like(y)
     torch.cuda.reset_peak_memory_stats()
     loaded = torch.cuda.memory_allocated()

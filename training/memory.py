@@ -67,16 +67,20 @@ def optimizer_bytes(parameters: int, config: RunConfig, world_size: int) -> int:
 
 
 def _saved_bytes(model_config: Any, level: str, config: RunConfig) -> int:
-    """Bytes a token that one layer keeps: the residual stream, and what it does not recompute."""
+    """Bytes a token that one layer keeps: the normed stream, and what it does not recompute."""
     hidden = model_config.hidden_size
     width = 2 if config.dtype == "bf16" else 4
-    stream = 4 if model_config.residual_in_fp32 else width
     mixer = width * 14 * hidden
     mlp = width * 4 * (getattr(model_config, "intermediate_size", None) or 0)
-    return (
-        stream * hidden
-        + {"none": mixer + mlp, "mixer": mlp, "mlp": mixer, "scan": mixer // 2 + mlp, "full": 0}[level]
-    )
+    kept = {
+        "none": mixer + mlp,
+        "conv": mixer * 3 // 4 + mlp,
+        "scan": mixer // 2 + mlp,
+        "mixer": mlp,
+        "mlp": mixer,
+        "full": 0,
+    }
+    return width * hidden + kept[level]
 
 
 def _state_bytes(model_type: str, layer: LayerReport, tokens: int) -> int:

@@ -316,7 +316,7 @@ def conv_triton(x, weight, bias, activation, initial_state, cu_seqlens) -> Tenso
     return _Convolution.apply(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
 
 
-def _bounds_of(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def bounds_of(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """How many tokens of its sequence lie before every token (3: or more), and its sequence."""
     if cu_seqlens is None:
         return None, None
@@ -356,7 +356,7 @@ class _Convolution(torch.autograd.Function):
 
 def convolve(x, weight, bias, initial_state, cu_seqlens, silu) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The forward kernel: y, and for packed sequences the bounds that `convolve_backward` wants."""
-    past, sequence = _bounds_of(x, cu_seqlens)
+    past, sequence = bounds_of(x, cu_seqlens)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     initial_state = None if initial_state is None else initial_state.contiguous()
     _forward_kernel[_grid(x, FORWARD)](

@@ -57,11 +57,12 @@ def _rms_norm_backward(
     dy_ptr, dtotal_ptr, x_ptr, gate_ptr, weight_ptr, rstd_ptr, dx_ptr, dgate_ptr, dweight_ptr, y_ptr,
     tokens, tokens_per_program, dy_stride, dtotal_stride, x_stride, gate_stride, dgate_stride,
     G: tl.constexpr, D: tl.constexpr, WEIGHT_PER_GROUP: tl.constexpr, HAS_DTOTAL: tl.constexpr,
-    HAS_GATE: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, HAS_Y: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_GATE: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, HAS_Y: tl.constexpr,
+    NORMED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx, dgate and each program's part of dweight; with HAS_Y the norm's output once more, while its inputs
-    are at hand. Grid: (programs, G)."""
+    are at hand. NORMED: x was divided by its root mean square already (no gate). Grid: (programs, G).
+    """
     program = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
@@ -92,7 +93,7 @@ def _rms_norm_backward(
             xhat = x * act * rstd
             dnorm = dy
         else:
-            xhat = x * rstd
+            xhat = x if NORMED else x * rstd
             dnorm = dy
         dweight += tl.sum(dnorm * xhat, axis=0)
         dxhat = dnorm * weight
@@ -153,13 +154,26 @@ def norm_forward(x, weight, eps, residual, gate, norm_before_gate, groups, out_d
 
 
 def norm_backward(
-    dy, dtotal, x, gate, weight, rstd, norm_before_gate, groups, dx_dtype, *, dgate=None, y_dtype=None
+    dy,
+    dtotal,
+    x,
+    gate,
+    weight,
+    rstd,
+    norm_before_gate,
+    groups,
+    dx_dtype,
+    *,
+    dgate=None,
+    y_dtype=None,
+    normed=False,
 ):
     """Runs the backward kernel on rows `[tokens, C]`.
 
     Args:
         dgate: where to put the gate's gradient, rows of any stride; None makes a tensor.
         y_dtype: also form the norm's output again, in this dtype.
+        normed: x was divided by its root mean square already.
 
     Returns:
         dx, dgate (or None), dweight in fp32, and the norm's output (or None).
@@ -181,8 +195,8 @@ def norm_backward(
         dy, dtotal, x, gate, weight, rstd, dx, dgate, dweight, y, tokens, per_program,
         dy.stride(0), _stride(dtotal), x.stride(0), _stride(gate), _stride(dgate),
         G=groups, D=row, WEIGHT_PER_GROUP=weight.numel() != row, HAS_DTOTAL=dtotal is not None,
-        HAS_GATE=gate is not None, NORM_BEFORE_GATE=norm_before_gate, HAS_Y=y is not None, ROWS=rows,
-        BLOCK=block, num_warps=warps,
+        HAS_GATE=gate is not None, NORM_BEFORE_GATE=norm_before_gate, HAS_Y=y is not None, NORMED=normed,
+        ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     dweight = dweight.sum(0)  # [G, D]
     return dx, dgate, dweight.view(-1) if weight.numel() != row else dweight.sum(0), y

@@ -20,6 +20,10 @@ from torch import Tensor
 
 from .backend import resolve
 
+# what this repository's kernels take
+KERNEL_HEAD_DIMS = (16, 32, 64, 128)
+KERNEL_STATE_SIZES = (16, 32, 64, 128, 256, 512)
+
 CPU_CHUNK = 64  # the chunk's attention matrix then stays in the cache of a core
 
 
@@ -322,7 +326,7 @@ def _offered(x, B, initial_state, output_final_state, cu_seqlens) -> tuple[str, 
     _allow_mamba_ssm_without_selective_scan()
     # packed sequences: mamba_ssm has one state a row, and no gradient for the states of each sequence
     packed_states = cu_seqlens is not None and (initial_state is not None or output_final_state)
-    own = x.shape[3] in (16, 32, 64, 128) and B.shape[3] in (16, 32, 64, 128, 256, 512)
+    own = x.shape[3] in KERNEL_HEAD_DIMS and B.shape[3] in KERNEL_STATE_SIZES
     return (("triton",) if own else ()) + (() if packed_states else ("mamba_ssm",)) + ("torch",)
 
 

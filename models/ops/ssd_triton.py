@@ -7,6 +7,8 @@ ddt from row sums. States between kernels are in the inputs' dtype, sums and dec
 are kept for the backward.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,6 @@ try:
     import triton
 except ImportError as error:
     raise ImportError("models/ops/ssd_triton.py needs triton") from error
-
-HEAD_DIMS = (16, 32, 64, 128)
-STATE_SIZES = (16, 32, 64, 128, 256, 512)
 
 # by number of bytes of an input element: tiles of each kernel, chosen on an H200. `maxnreg` bounds the
 # registers of a thread: these kernels wait for memory, and more of them then share a multiprocessor.
@@ -152,7 +151,7 @@ class _SSD(torch.autograd.Function):
     def backward(ctx, dy, dfinal):
         saved = x, _, _, B, C, _, _ = ctx.saved_tensors
         dx, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
-        ddt, dA, *others = _backward(ctx.shape, saved, dy, dfinal, dx, dB, dC)
+        ddt, dA, *others = ssd_backward(ctx.shape, saved, dy, dfinal, dx, dB, dC)
         return dx, ddt, dA, dB, dC, *others, None, None
 
 
@@ -170,7 +169,7 @@ class _PackedSSD(torch.autograd.Function):
         saved = x, _, _, B, C, _, _ = ctx.saved_tensors
         width = sum(t[0, 0].numel() for t in (x, B, C))
         dxBC = torch.empty(*x.shape[:2], width, dtype=x.dtype, device=x.device)
-        ddt, dA, *others = _backward(ctx.shape, saved, dy, dfinal, *split_packed(dxBC, *ctx.sizes))
+        ddt, dA, *others = ssd_backward(ctx.shape, saved, dy, dfinal, *split_packed(dxBC, *ctx.sizes))
         return dxBC, ddt, dA, None, None, *others, None, None
 
 
@@ -182,41 +181,63 @@ def split_packed(xBC: Tensor, heads: int, groups: int, state_size: int) -> tuple
 
 
 def _forward(ctx, x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
-    x, dt, B, C = (_rows(t) for t in (x, dt.float(), B, C))
-    A, D = A.float().contiguous(), None if D is None else D.float().contiguous()
-    initial_state = None if initial_state is None else initial_state.contiguous()
+    inputs = x, dt, A, B, C, D, initial_state = prepared(x, dt, A, B, C, D, initial_state)
     shape = Shape(x, B, cu_seqlens)
-    decays = running_decays(shape, dt, A)
-    scores = chunk_scores(shape, B, C)
-    states = chunk_states(shape, x, B, decays, forward=True)
-    final = pass_states(shape, states, decays, initial_state, output_final_state)
+    scan, final = start_scan(shape, inputs, output_final_state)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    outputs(shape, x, C, states, scores, D, decays, y, forward=True)
-    ctx.save_for_backward(x, dt, A, B, C, D, initial_state)
+    outputs(shape, x, C, scan.states, scan.scores, D, scan.decays, y, forward=True)
+    ctx.save_for_backward(*inputs)
     ctx.shape = shape
     ctx.set_materialize_grads(False)
     return y, final
 
 
-def _backward(
-    shape: Shape, saved, dy, dfinal, dx: Tensor, dB: Tensor, dC: Tensor
+def prepared(x, dt, A, B, C, D, initial_state) -> tuple[Tensor | None, ...]:
+    """The inputs in the dtypes and strides that the kernels read."""
+    x, dt, B, C = (_rows(t) for t in (x, dt.float(), B, C))
+    A, D = A.float().contiguous(), None if D is None else D.float().contiguous()
+    return x, dt, A, B, C, D, None if initial_state is None else initial_state.contiguous()
+
+
+@dataclass
+class Scan:
+    """What outputs and gradients are computed from."""
+
+    decays: tuple[Tensor, Tensor]  # see `running_decays`
+    scores: Tensor  # [chunks, G, Q, Q]
+    states: Tensor | None  # in front of every chunk [chunks, H, P, N]; `ssd_backward` lets go of it
+
+
+def start_scan(shape: Shape, inputs, output_final_state: bool) -> tuple[Scan, Tensor | None]:
+    """All but the outputs, and the final state `[S, H, P, N]` if asked for; `inputs` as from `prepared`."""
+    x, dt, A, B, C, _, initial_state = inputs
+    decays = running_decays(shape, dt, A)
+    scores = chunk_scores(shape, B, C)
+    states = chunk_states(shape, x, B, decays, forward=True)
+    final = pass_states(shape, states, decays, initial_state, output_final_state)
+    return Scan(decays, scores, states), final
+
+
+def ssd_backward(
+    shape: Shape, inputs, dy, dfinal, dx: Tensor, dB: Tensor, dC: Tensor, scan: Scan | None = None
 ) -> tuple[Tensor | None, ...]:
     """Fills dx, dB and dC; returns ddt, dA, dD and the gradient of the initial state.
 
-    `saved` is read from the context once: a checkpoint lets go of a tensor when it is read.
+    Args:
+        inputs: as from `prepared`. Read from a context once: a checkpoint lets go of a tensor when
+            it is read.
+        scan: where a caller has just made it for the outputs; None makes it.
     """
-    x, dt, A, B, C, D, initial_state = saved
+    x, dt, A, B, C, D, initial_state = inputs
     dy = torch.zeros_like(x) if dy is None else _rows(dy)
     dfinal = None if dfinal is None else dfinal.contiguous()
-    decays = running_decays(shape, dt, A)
-    scores = chunk_scores(shape, B, C)
+    scan = scan or start_scan(shape, inputs, False)[0]
+    decays, scores, states = scan.decays, scan.scores, scan.states
     dscores, row_sums, column_sums, dD = score_gradients(shape, x, dy, scores, decays, D is not None)
-    states = chunk_states(shape, x, B, decays, forward=True)
-    pass_states(shape, states, decays, initial_state, False)
     gradients = chunk_states(shape, dy, C, decays, forward=False)
     decay_parts, dinitial = pass_gradients(shape, gradients, states, decays, dfinal, initial_state)
     read_sums = key_gradients(shape, dy, C, B, states, dscores, decays, dC, queries=True)
-    del states
+    scan.states = states = None
     outputs(shape, dy, B, gradients, scores, D, decays, dx, forward=False)
     added_sums = key_gradients(shape, x, B, C, gradients, dscores, decays, dB, queries=False)
     sums = (row_sums, column_sums, read_sums, added_sums)
