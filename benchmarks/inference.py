@@ -2,9 +2,12 @@
 
     python -m benchmarks.inference                # both 1.3B shapes, as published and expanded, at 64K
     python -m benchmarks.inference model=gla-1.3B drop_prop=6 length=65536 batch=1,8
+    python -m benchmarks.inference drop_prop=6 batch=1,8 passkey=1000000
 
-Prints a line of JSON for each shape and batch size: prefill and decode tokens/s (summed over the batch) and
-peak memory; then for a passkey task the share of its time that was spent outside the model.
+Prints a line of JSON for each shape and batch size: prefill tokens/s, decoding tokens/s through CUDA graphs
+and without them (summed over the batch; what was read before does not matter to it) and peak memory; then for
+a passkey task the share of its time that was spent outside the model; then, with `passkey`, the seconds and
+the peak memory of one passkey prompt of that length, read in pieces, beside those of one of 65,536 tokens.
 """
 
 import json
@@ -26,8 +29,13 @@ from eval.settings import read_settings
 from eval.store import Store
 from models import build_model, expand_state, state_report
 from models.command_line import run_command
+from models.decoding import GraphedDecoder
+
+from .random_weights import draw_weights
 
 ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = 256  # the byte tokenizer's
+SHORT = 1024  # tokens in front of what is decoded
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,13 @@ class Arguments:
     """Measure prefill and decoding.
 
     model=NAME,...     files of configs/models (gla-1.3B,mamba2-1.3B)
-    drop_prop=N,...    expand every N-th layer with the family's default mode; 0 leaves the model as it is
-    (0,6) length=N           tokens of the prompt (65536)
+    drop_prop=N,...    expand every N-th layer with the family's default mode; 0 leaves it as it is (0,6)
+    length=N           tokens of the prompt (65536)
     batch=N,...        prompts at once (1,8)
-    new_tokens=N       tokens decoded (256)
+    new_tokens=N       tokens decoded (256); an eighth of them without graphs
     piece=N            tokens of the prompt read at once (8192)
     tasks=true         also run a passkey task and report the share of its time outside the model
+    passkey=N          also read one passkey prompt of N tokens (0: none)
     """
 
     model: str = "gla-1.3B,mamba2-1.3B"
@@ -50,6 +59,7 @@ class Arguments:
     new_tokens: int = 256
     piece: int = 8192
     tasks: bool = True
+    passkey: int = 0
 
 
 def device() -> str:
@@ -77,35 +87,70 @@ def prompts(count: int, length: int, new_tokens: int, vocabulary: int) -> list[I
 
 def build(name: str, drop_prop: int) -> Any:
     dtype = torch.bfloat16 if device() == "cuda" else torch.float32
-    model = build_model(ROOT / f"configs/models/{name}.json", device=device(), dtype=dtype)
+    model = build_model(ROOT / f"configs/models/{name}.json", device="meta", dtype=dtype)
     if drop_prop:
         expand_state(model, drop_prop)
-    return model.eval()
+    return draw_weights(model, device()).eval()
 
 
-def measure(model: EvalModel, count: int, arguments: Arguments) -> dict[str, float]:
-    """The first call warms kernels up; decoding is the difference of a long and a one-token generation."""
-    model.end_ids = []  # random weights end texts at random
-    vocabulary = 256
-    one = prompts(count, arguments.length, 1, vocabulary)
-    many = prompts(count, arguments.length, 1 + arguments.new_tokens, vocabulary)
-    model.answer(many[:1] if count == 1 else many)
-    if device() == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    prefill = min(timed(lambda: model.answer(one)) for _ in range(2))
+def rate(model: EvalModel, count: int, new_tokens: int, graphs: bool | None) -> float:
+    """Decoding tokens/s: a long generation less a one-token one, behind a short prompt."""
+    model.decoder = GraphedDecoder(model.model, graphs)
+    one, many = (prompts(count, SHORT, n, VOCABULARY) for n in (1, 1 + new_tokens))
+    model.answer(prompts(count, SHORT, 3, VOCABULARY))  # compiles, and captures
+    reading = min(timed(lambda: model.answer(one)) for _ in range(2))
     both = min(timed(lambda: model.answer(many)) for _ in range(2))
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device() == "cuda" else 0.0
+    model.decoder.close()
+    model.decoder = GraphedDecoder(model.model)
+    return count * new_tokens / max(both - reading, 1e-9)
+
+
+def measure(model: EvalModel, count: int, arguments: Arguments) -> dict[str, float | None]:
+    model.end_ids = []  # random weights end texts at random
+    model.answer(prompts(count, 2 * arguments.piece, 1, VOCABULARY))  # compiles
+    reset_peak()
+    long = prompts(count, arguments.length, 1, VOCABULARY)
+    prefill = min(timed(lambda: model.answer(long)) for _ in range(2 if count == 1 else 1))
+    peak = peak_gb()
+    graphed = rate(model, count, arguments.new_tokens, None) if model.decoder.uses_graphs else None
     return {
         "prefill_tokens_per_second": count * arguments.length / prefill,
-        "decode_tokens_per_second": count * arguments.new_tokens / max(both - prefill, 1e-9),
+        "decode_tokens_per_second": graphed,
+        "decode_tokens_per_second_without_graphs": rate(model, count, arguments.new_tokens // 8, False),
         "prefill_seconds": prefill,
         "peak_gb": peak,
     }
 
 
+def reset_peak() -> None:
+    if device() == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb() -> float:
+    return torch.cuda.max_memory_allocated() / 1e9 if device() == "cuda" else 0.0
+
+
+def long_passkeys(model: EvalModel, length: int) -> dict[str, float]:
+    """One passkey prompt of 65,536 tokens and one of `length`, each through the evaluation's path."""
+    figures: dict[str, float] = {}
+    ((family, task),) = select(["passkey"])
+    assert family.build is not None
+    for tokens in (min(65536, length), length):
+        settings = read_settings(["model=speed", f"lengths={tokens}", "limit=1"])
+        (item,) = family.build(task, settings, model.tokenizer)
+        model.check(item)
+        reset_peak()
+        figures[f"passkey_{tokens}_tokens_read"] = len(item.tokens)
+        figures[f"passkey_{tokens}_seconds"] = timed(lambda item=item: model.answer([item]))
+        figures[f"passkey_{tokens}_peak_gb"] = peak_gb()
+    return figures
+
+
 def share_outside(model: EvalModel, length: int) -> float:
     """Of a passkey task: writing prompts, tokenising, scoring and keeping answers."""
-    settings = read_settings(["model=speed", f"lengths={length}", "limit=16"])
+    settings = read_settings(["model=speed", f"lengths={length}", "limit=8"])
     ((family, task),) = select(["passkey"])
     identity = {"path": "speed", "weights": "", "config": "", "tokenizer": "", "dtype": None}
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "speed", identity) as store:
@@ -113,6 +158,10 @@ def share_outside(model: EvalModel, length: int) -> float:
         assert family.build is not None
         session.run(task, family.build(task, settings, model.tokenizer))
     return 1 - session.model_seconds[task] / session.seconds[task]
+
+
+def rounded(figures: dict[str, float | None]) -> dict[str, float | None]:
+    return {key: None if value is None else round(value, 3) for key, value in figures.items()}
 
 
 def act(arguments: Arguments) -> None:
@@ -131,11 +180,13 @@ def act(arguments: Arguments) -> None:
             }
             for count in (int(text) for text in arguments.batch.split(",")):
                 figures = measure(evaluated, count, arguments)
-                rounded = {key: round(value, 3) for key, value in figures.items()}
-                print(json.dumps({**shape, "batch": count, **rounded}), flush=True)
+                print(json.dumps({**shape, "batch": count, **rounded(figures)}), flush=True)
             if arguments.tasks:  # last: the kernels are warm
                 outside = round(share_outside(evaluated, arguments.length), 4)
                 print(json.dumps({**shape, "passkey_share_outside_model": outside}), flush=True)
+            if arguments.passkey:
+                figures = long_passkeys(evaluated, arguments.passkey)
+                print(json.dumps({**shape, **rounded(figures)}), flush=True)
             del model, evaluated
             if device() == "cuda":
                 torch.cuda.empty_cache()
