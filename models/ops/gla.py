@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear
 from .backend import resolve
+from .linear import compute_dtype as product_dtype
 
 CHUNK_SIZE = 64
 PAIRWISE_SIZE = 4  # blocks up to this size compare every query with every key; larger ones are halved
@@ -97,7 +97,7 @@ def gla_gated(
         decay = (gate_logit_normalizer, clamp_min)
         return _triton(*arguments, gate=decay, gate_map=gate_map, keep=keep)
     if gate_map is not None:
-        dtype = linear.compute_dtype(gate)
+        dtype = product_dtype(gate)
         gate = F.linear(*(x.to(dtype) for x in (gate, *gate_map))).view(q.shape)
     g = log_decay(gate, gate_logit_normalizer, clamp_min)
     options = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
