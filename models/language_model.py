@@ -35,6 +35,7 @@ class Block(nn.Module):
 
     recompute_levels: ClassVar[tuple[str, ...]] = ("none", "full")
     recompute = "none"  # one of the levels; forward does what it says
+    owns_stream = False  # nobody else reads the stream that comes in: its memory may be overwritten
 
     def unless_kept(self, part: Callable, *levels: str) -> Callable:
         """`part`; at one of `levels` it keeps its inputs alone and runs again in the backward pass."""
@@ -81,6 +82,7 @@ class Trunk(nn.Module):
         for index, block in enumerate(self.layers):
             if streams is not None:
                 streams.append(x)
+            block.owns_stream = streams is None and index > 0 and torch.is_grad_enabled()
             x, state = _run_block(block, x, cache.layers[index] if cache.layers else None, packing, update)
             states.append(cache.stored(index, state) if update else state)
         if update:

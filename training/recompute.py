@@ -8,7 +8,7 @@ from training.activation_probe import assign_levels, probe_layers
 from training.config import RunConfig
 from training.memory import estimate_memory, head_bytes, optimizer_bytes
 
-_USABLE = 0.9  # of a GPU's memory; the rest goes to the allocator's gaps and NCCL
+_USABLE = 0.95  # of a GPU's memory; the rest goes to the CUDA context, NCCL and gaps between segments
 
 
 def choose_recompute(
