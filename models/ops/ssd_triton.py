@@ -23,6 +23,7 @@ from .ssd_triton_forward import (
     cumulative_kernel,
     outputs_kernel,
     pass_states_kernel,
+    scale_kernel,
     scores_kernel,
     states_kernel,
 )
@@ -31,6 +32,8 @@ try:
     import triton
 except ImportError as error:
     raise ImportError("models/ops/ssd_triton.py needs triton") from error
+
+LARGE_STATE = 256  # from here on, what chunks add to the state is worth a library's product
 
 # by number of bytes of an input element: tiles of each kernel, chosen on an H200. `maxnreg` bounds the
 # registers of a thread: these kernels wait for memory, and more of them then share a multiprocessor.
@@ -81,6 +84,7 @@ class Shape:
             batch, self.length, self.chunk, cu_seqlens, x.device
         )
         self.chunks = self.start.numel()
+        self.regular = cu_seqlens is None and self.length % self.chunk == 0  # every chunk is full
 
     def tiles(self, kernel: str) -> dict:
         """Launch options of a kernel, cut down to this shape."""
@@ -278,20 +282,34 @@ def chunk_scores(shape: Shape, B: Tensor, C: Tensor) -> Tensor:
 
 def chunk_states(shape: Shape, values: Tensor, keys: Tensor, decays, *, forward: bool) -> Tensor:
     """What every chunk adds to the state (x and B), or (dy and C) asks of it: `[chunks, H, P, N]`."""
-    states = torch.empty(
-        shape.chunks,
-        shape.heads,
-        shape.head_dim,
-        shape.state_size,
-        dtype=shape.state_dtype,
-        device=keys.device,
-    )
+    sizes = shape.chunks, shape.heads, shape.head_dim, shape.state_size
+    states = torch.empty(sizes, dtype=shape.state_dtype, device=keys.device)
+    if shape.regular and shape.state_size >= LARGE_STATE:
+        return large_chunk_states(shape, values, keys, decays, states, forward)
     tiles = shape.tiles("states")
     grid = (shape.state_size // tiles["BLOCK_N"], shape.heads // tiles["HEADS"], shape.chunks)
     states_kernel[grid](
         values, keys, shape.start, shape.lengths, *decays, states, values.stride(1), keys.stride(1),
         **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward, PRECISION=shape.precision,
     )  # fmt: skip
+    return states
+
+
+def large_chunk_states(shape: Shape, values, keys, decays, states: Tensor, forward: bool) -> Tensor:
+    """`chunk_states` as one pass that scales the values and a library's batched product.
+
+    The values of all heads of a group meet the same keys: [H P, Q] times [Q, N] for every chunk.
+    """
+    scaled = torch.empty_like(values, memory_format=torch.contiguous_format)
+    rows = min(64, shape.chunk)
+    scale_kernel[(shape.chunk // rows, shape.heads, shape.chunks)](
+        values, *decays, scaled, values.stride(1), **shape.sizes("H", "P", "Q"), ROWS=rows, FORWARD=forward
+    )
+    scaled = scaled.view(shape.chunks, shape.chunk, shape.groups, -1)
+    keys = keys.flatten(0, 1).unflatten(0, (shape.chunks, shape.chunk))  # [chunks, Q, G, N]
+    out = states.view(shape.chunks, shape.groups, -1, shape.state_size)
+    for group in range(shape.groups):
+        torch.bmm(scaled[:, :, group].transpose(1, 2), keys[:, :, group], out=out[:, group])
     return states
 
 

@@ -70,6 +70,22 @@ def _state_scale(cumulative_ptr, steps_ptr, at, last, FORWARD: tl.constexpr):
 
 
 @triton.jit
+def scale_kernel(
+    values_ptr, cumulative_ptr, steps_ptr, scaled_ptr, values_stride,
+    H: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, FORWARD: tl.constexpr,
+):  # fmt: skip
+    """values times `_state_scale`, for full chunks. Grid: (Q / ROWS, H, chunks)."""
+    chunk, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
+    base = chunk * (H * Q) + head * Q
+    last = tl.load(cumulative_ptr + base + Q - 1)
+    token, channel = (chunk * Q + rows)[:, None], head * P + channels[None, :]
+    values = tl.load(values_ptr + token * values_stride + channel)
+    scaled = values * _state_scale(cumulative_ptr, steps_ptr, base + rows, last, FORWARD)[:, None]
+    tl.store(scaled_ptr + token * (H * P) + channel, scaled.to(scaled_ptr.dtype.element_ty))
+
+
+@triton.jit
 def states_kernel(
     values_ptr, keys_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr, states_ptr,
     values_stride, keys_stride,

@@ -46,6 +46,17 @@ def test_kernels_equal_the_recurrence(kernels, batch, length, groups):
     assert_close(found, expected, 2e-5)
 
 
+@pytest.mark.parametrize(("batch", "groups"), [(1, 1), (2, 2)])
+def test_large_states_are_made_by_a_batched_product(kernels, batch, groups, monkeypatch):
+    from models.ops import ssd_triton
+
+    monkeypatch.setattr(ssd_triton, "LARGE_STATE", 16)
+    monkeypatch.setattr(ssd_triton, "states_kernel", None)  # not taken
+    inputs = make_inputs(batch, 64, groups=groups, state_size=16)
+    expected = results_and_gradients(ssd_recurrent, inputs)
+    assert_close(results_and_gradients(kernels, single(inputs), cu_seqlens=None), expected, 2e-5)
+
+
 @pytest.mark.parametrize("rows", [16, 32])
 def test_packed_sequences_do_not_see_each_other(kernels, rows, monkeypatch):
     for kernel in ("outputs", "key_gradients"):
