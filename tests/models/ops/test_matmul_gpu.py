@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import build_model
 from models.ops import matmul
 from models.ops.linear import gated_norm_linear, norm_linear, swiglu_mlp
 from models.ops.matmul import quantise_columns, quantise_rows, quantise_rows_plain
@@ -177,3 +178,32 @@ def test_operators_under_autocast_are_within_their_bound(function, reference, in
     pairs = [*zip(outputs, expected), *zip(torch.autograd.grad(loss, low), torch.autograd.grad(wanted, high))]
     errors = [error(got, target) for got, target in pairs]
     assert USED < max(errors) < bound, errors
+
+
+# ------------------------------------------------------------------------------------------ whole models
+
+
+def loss_and_gradient(model, ids):
+    """Loss, and all gradients as one vector in which every parameter has the same weight."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = [p.grad.flatten() / p.grad.norm().clamp(min=1e-12) for p in model.parameters()]
+    return loss.item(), torch.cat(gradients)
+
+
+@pytest.mark.parametrize("family", ["gla", "mamba2"])
+def test_two_layers_of_a_model_train_alike_in_both_formats_and_under_recomputation(family):
+    model = build_model(f"configs/models/{family}-1.3B.json", num_hidden_layers=2, vocab_size=512)
+    model = model.cuda().train()
+    ids = torch.randint(512, (1, 2048), generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+    loss, gradient = loss_and_gradient(model, ids)
+    model.set_recompute(["full", "full"])
+    again = loss_and_gradient(model, ids)
+    assert abs(again[0] - loss) < 1e-3 * loss
+    assert error(again[1], gradient) < 2e-2
+    matmul.set_products("bf16")
+    expected = loss_and_gradient(model, ids)
+    assert abs(loss - expected[0]) < 1e-2 * loss
+    assert USED < error(gradient, expected[1]) < 0.3
