@@ -3,8 +3,9 @@
     python -m benchmarks.gpu_check_gla [seconds=240] [out=FOLDER] [sections=errors,times,tune]
 
 Prints a table of relative errors by norm (this repository's kernels and fla's, forward and every gradient),
-the times at 65,536 tokens and what the candidates of tune_kernels take; a section that fails is printed and
-the others go on. The best settings are written below out/ in the layout of configs/kernels.
+the times at 65,536 tokens and what the candidates of tune_kernels take, until `seconds` have passed since the
+start; a section that fails is printed and the others go on. The best settings are written below out/ in the
+layout of configs/kernels, each as soon as it is known.
 """
 
 import importlib
@@ -161,20 +162,6 @@ def print_times(keep: bool = True) -> None:
             print(row)
 
 
-def tune(bases: dict, out: Path, deadline: float) -> None:
-    found = {}
-    for shape, base in bases.items():
-        for settings in [base, *tune_kernels.other_chunks(base)]:
-            times = {row.name: round(row.milliseconds, 2) for row in measure_kernels(65536, *shape, settings)}
-            print(f"{shape}, chunks of {settings['chunk']['size']}: {sum(times.values()):.2f} ms {times}")
-        print(f"H, K, V = {shape}, chunks of {base['chunk']['size']}")
-        best = tune_kernels.tune_shape(shape, 65536, base, deadline)
-        found[tune_kernels.shape_key(shape)] = best
-        total = sum(row.milliseconds for row in measure_kernels(65536, *shape, best))
-        print(f"all kernels once, with the best of each: {total:.2f} ms", flush=True)
-    print("wrote", tune_kernels.write(found, out))
-
-
 def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments)
     begin, seconds = time.time(), float(given.get("seconds", 240))
@@ -182,25 +169,17 @@ def main(arguments: list[str]) -> None:
     sections = given.get("sections", "errors,times,tune").split(",")
     triton_version = importlib.import_module("triton").__version__
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton_version}")
-    bases = {shape: tune_kernels.base_settings(shape) for shape in SHAPES.values()}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=context) as pool:
-        errors = [pool.submit(check_group, *group) for group in GROUPS] if "errors" in sections else []
-        work = tune_kernels.all_candidates(bases) if "tune" in sections else []
-        work += [
-            (shape, other, kernel)
-            for shape, base in bases.items()
-            for other in tune_kernels.other_chunks(base)
-            for kernel in tune_kernels.FIELDS
-            if work
-        ]
-        compiled = [pool.submit(tune_kernels.compile_one, *one) for one in work]
-        section("errors", lambda: print_errors(errors))
-        section("compiling", lambda: print("\n".join(filter(None, (job.result() for job in compiled)))))
+    if "errors" in sections:
+        context, workers = multiprocessing.get_context("spawn"), tune_kernels.default_workers()
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            jobs = [pool.submit(check_group, *group) for group in GROUPS]
+            section("errors", lambda: print_errors(jobs))
     if "times" in sections:
         section("times", print_times)
     if "tune" in sections:
-        section("tune", lambda: tune(bases, out, begin + seconds))
+        bases = {shape: tune_kernels.base_settings(shape) for shape in SHAPES.values()}
+        options = 65536, out, begin + seconds, tune_kernels.default_workers()
+        section("tune", lambda: tune_kernels.tune(bases, *options))
     print(f"total {time.time() - begin:.0f} s")
 
 
