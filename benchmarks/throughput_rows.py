@@ -15,6 +15,7 @@ from torch import nn
 
 from models import build_model, expand_state
 from models.draw import Draw
+from models.ops import matmul
 from training.config import RunConfig
 from training.recompute import choose_recompute
 
@@ -85,17 +86,16 @@ def build(name: str, load: Load) -> tuple[nn.Module, list[str]]:
 
 @contextmanager
 def products_of(spec: Spec) -> Iterator[None]:
-    """Matrix products as the row wants them, and afterwards as training does them by itself."""
+    """Matrix products as the row wants them, and afterwards as they were."""
     if spec.products is None:
         yield
         return
-    from models.ops.matmul import set_products
-
-    set_products(spec.products)
+    before = matmul.products()
+    matmul.set_products(spec.products)
     try:
         yield
     finally:
-        set_products(RunConfig.products)
+        matmul.set_products(before)
 
 
 def _config(spec: Spec, load: Load) -> RunConfig:
@@ -125,7 +125,8 @@ def automatic(row: str, load: Load) -> tuple[str, ...]:
     """The levels that training chooses by itself for a row; measured once."""
     spec = ROWS[row]
     device = torch.device(DEVICE, torch.cuda.current_device()) if DEVICE == "cuda" else torch.device(DEVICE)
-    return tuple(choose_recompute(_shapes(spec), _config(spec, load), 1, device, load.memory))
+    with products_of(spec):
+        return tuple(choose_recompute(_shapes(spec), _config(spec, load), 1, device, load.memory))
 
 
 @torch.no_grad()
