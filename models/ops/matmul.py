@@ -13,8 +13,8 @@ A scale maps the largest entry of its row to the largest float8. With a scale fo
 (15 binades of normal numbers, 3 bits of mantissa) serves for gradients as well; e5m2 would double their
 rounding error. Both factors rounded, a product has a relative error of 3.7 % by norm. The weight gradient
 stays in bf16: its factors would have to be read once more and transposed, which costs much of the gain, and
-the optimiser's moments add up what it loses. So do products with a side that is below 1024 or that 16 does
-not divide.
+the optimiser's moments add up what it loses. Products with a side that is below 1024, or that 16 does not
+divide, stay in bf16 too.
 
 The number format: arXiv 2209.05433, table 1.
 """
@@ -65,7 +65,9 @@ def products() -> str:
 def fp8_problem() -> str | None:
     """None where fp8 products can run (a machine without GPU runs the torch twin), else what is missing."""
     if setting() == "torch":
-        return "STATEX_BACKEND=torch leaves out the fused linear maps that fp8 products are part of; unset it"
+        return (
+            "STATEX_BACKEND=torch leaves out the fused linear maps that these products are part of; unset it"
+        )
     if not torch.cuda.is_available():
         return None
     for index in range(torch.cuda.device_count()):

@@ -206,4 +206,4 @@ def test_two_layers_of_a_model_train_alike_in_both_formats_and_under_recomputati
     matmul.set_products("bf16")
     expected = loss_and_gradient(model, ids)
     assert abs(loss - expected[0]) < 1e-2 * loss
-    assert USED < error(gradient, expected[1]) < 0.3
+    assert USED < error(gradient, expected[1]) < 0.35  # 0.21 and 0.12 by the twin, in narrower layers
