@@ -150,6 +150,7 @@ class Parts:
         self.w, self.options = w, options
         self.conv_state, self.recurrent_state, self.cu_seqlens = carried
         self.heads, self.inner = len(w.dt_bias), len(w.gated_norm)
+        self.clamps = options.time_step_limit != (0.0, float("inf"))
         self.folded = torch.mul(  # one pass: W_in is read once and written in the dtype of the products
             w.in_proj, w.norm, out=torch.empty(w.in_proj.shape, dtype=options.dtype, device=xhat.device)
         )
@@ -168,7 +169,8 @@ class Parts:
     def scan_inputs(self) -> tuple[tuple[Tensor | None, ...], Shape]:
         """What the SSD kernels read: x, dt, A, B, C, D and the initial state."""
         x, B, C = split_packed(self.convolved, self.heads, self.options.groups, self.options.state_size)
-        dt = F.softplus(self.raw.float() + self.w.dt_bias.float()).clamp(*self.options.time_step_limit)
+        dt = F.softplus(self.raw.float() + self.w.dt_bias.float())
+        dt = dt.clamp(*self.options.time_step_limit) if self.clamps else dt
         A = -torch.exp(self.w.A_log.float())
         return prepared(x, dt, A, B, C, self.w.D, self.recurrent_state), Shape(x, B, self.cu_seqlens)
 
@@ -225,7 +227,7 @@ class Parts:
         low, high = self.options.time_step_limit
         logits = self.raw.float() + self.w.dt_bias.float()
         gradient = ddt.view(logits.shape) * torch.sigmoid(logits)
-        if low > 0 or high < float("inf"):
+        if self.clamps:
             steps = F.softplus(logits)
             gradient = gradient * ((steps >= low) & (steps <= high))
         draw.copy_(gradient)

@@ -8,6 +8,7 @@ are kept for the backward.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -118,11 +119,20 @@ def chunk_table(
     and those that are not needed have no tokens.
     """
     if cu_seqlens is None:
-        offsets = torch.arange(batch + 1, device=device) * length
-        chunks = batch * triton.cdiv(length, size)
-    else:
-        offsets = cu_seqlens.to(device=device, dtype=torch.long)
-        chunks = length // size + cu_seqlens.numel() - 1
+        return _table_of_rows(batch, length, size, device)
+    return _table(
+        cu_seqlens.to(device=device, dtype=torch.long), length // size + cu_seqlens.numel() - 1, size
+    )
+
+
+@lru_cache(maxsize=64)  # the same for all layers and steps
+def _table_of_rows(batch: int, length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    offsets = torch.arange(batch + 1, device=device) * length
+    return _table(offsets, batch * triton.cdiv(length, size), size)
+
+
+def _table(offsets: Tensor, chunks: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    device = offsets.device
     first = torch.zeros_like(offsets)
     torch.cumsum((offsets.diff() + size - 1) // size, dim=0, out=first[1:])
     chunk = torch.arange(chunks, device=device)
