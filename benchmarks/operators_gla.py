@@ -110,11 +110,7 @@ def kernel_calls(
         dstates, _ = launch.march(queries, do, total, None, False, reverse=True)
         dqueries, dkeys, product = launch.grad(do, v, states, dstates)
     else:
-        queries, keys, b, dqueries, dkeys = (
-            q,
-            k,
-            *(torch.empty_like(q, dtype=torch.float32) for _ in range(3)),
-        )
+        queries, keys, dqueries, dkeys, b = q, k, q, k, torch.empty_like(q, dtype=torch.float32)
         total = product = b.new_empty(layout.num_chunks, H, K)
         scores = dscores = q.new_empty(1, tokens, H, layout.size)
         states = dstates = q.new_empty(layout.num_chunks, H, K, V)
@@ -142,9 +138,9 @@ def kernel_work(kernel: str, tokens: int, H: int, K: int, V: int, chunk: int) ->
         "scores": (pairs * K, 2 * of_k + of_scores),
         "march": (state, of_k + of_v + states),
         "mix": (state + pairs * V, of_k + 2 * of_v + states + of_scores / 2),
-        "grad": (2 * state, 2 * of_v + 2 * states + 4 * of_k),
+        "grad": (2 * state, 2 * of_v + 2 * states + 2 * of_k),
         "dscores": (pairs * V, 2 * of_v + of_scores),
-        "intra_backward": (2 * pairs * K, 12 * of_k + of_scores / 2),
+        "intra_backward": (2 * pairs * K, 10 * of_k + of_scores / 2),
     }[kernel.split()[0]]
     return flops / 1e12, data / 1e9
 

@@ -227,11 +227,11 @@ class Launcher:
         return out
 
     def grad(self, do: Tensor, v: Tensor, states: Tensor, dstates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the decayed queries and keys in float32, and sum over V of states * dstates."""
+        """Gradients of the decayed queries and keys in their own type, as rounding them adds less than that of
+        q and k did; in float32 the sum over V of states * dstates."""
         settings, layout = self.settings["grad"], self.layout
-        dqueries = torch.empty_like(self.like, dtype=torch.float32)
-        dkeys = torch.empty_like(dqueries)
-        product = dqueries.new_empty(layout.num_chunks, self.H, self.K)
+        dqueries, dkeys = torch.empty_like(self.like), torch.empty_like(self.like)
+        product = do.new_empty(layout.num_chunks, self.H, self.K, dtype=torch.float32)
         grid = (self.K // settings["BK"], layout.num_chunks * (layout.size // settings["BM"]), self.H)
         grad_kernel[grid](
             do, v, states, dstates, dqueries, dkeys, product, layout.chunks,
