@@ -1,4 +1,4 @@
-"""Random weights drawn on the model's device. `model.initialize` draws the same bits everywhere, but slowly."""
+"""Random weights drawn on the model's device; `model.initialize` draws the same everywhere, but slowly."""
 
 from collections.abc import Callable, Sequence
 

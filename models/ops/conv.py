@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import resolve
+from .step import one_kernel
 
 
 def causal_conv1d(
@@ -44,6 +45,12 @@ def causal_conv1d(
         ValueError: shapes that do not fit together, an unknown activation, or a backend that cannot run.
     """
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
+    carried = initial_state is not None and weight.shape[1] > 1 and cu_seqlens is None and backend is None
+    if carried and one_kernel("conv_step", x, weight, initial_state):
+        from .step_triton import conv_step
+
+        y, final = conv_step(x, weight, bias, activation, initial_state)
+        return y, final if output_final_state else None
     chosen = resolve("causal_conv1d", x.device, _offered(x, weight, initial_state, cu_seqlens), backend)
     run = {"torch": _conv_torch, "mamba_ssm": _conv_mamba, "triton": _conv_triton}[chosen]
     y = run(x, weight, bias, activation, initial_state, cu_seqlens)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .backend import resolve
 from .linear import compute_dtype as product_dtype
+from .step import one_kernel
 
 CHUNK_SIZE = 64
 PAIRWISE_SIZE = 4  # blocks up to this size compare every query with every key; larger ones are halved
@@ -92,13 +93,20 @@ def gla_gated(
             path keeps `gate` alone for the backward pass, R numbers a token, and makes the logits again.
     """
     _check_shapes(q, k, v, q if gate_map else gate, initial_state, cu_seqlens)
-    if resolve("gla", q.device, _offered(q, v), backend) == "triton":
+    step = cu_seqlens is None and backend is None and one_kernel("gla_step", q, k, v, gate, initial_state)
+    if not step and resolve("gla", q.device, _offered(q, v), backend) == "triton":
         arguments = (q, k, v, gate, scale, initial_state, output_final_state, cu_seqlens)
         decay = (gate_logit_normalizer, clamp_min)
         return _triton(*arguments, gate=decay, gate_map=gate_map, keep=keep)
     if gate_map is not None:
         dtype = product_dtype(gate)
         gate = F.linear(*(x.to(dtype) for x in (gate, *gate_map))).view(q.shape)
+    if step:
+        from .step_triton import gla_step
+
+        decay = {"gate_logit_normalizer": gate_logit_normalizer, "clamp_min": clamp_min}
+        o, final = gla_step(q, k, v, gate, **decay, scale=scale, initial_state=initial_state)
+        return o, final if output_final_state else None
     g = log_decay(gate, gate_logit_normalizer, clamp_min)
     options = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
     return gla(q, k, v, g, cu_seqlens=cu_seqlens, backend=backend, **options)

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from .backend import resolve
+from .step import one_kernel
 
 # what this repository's kernels take
 KERNEL_HEAD_DIMS = (16, 32, 64, 128)
 KERNEL_STATE_SIZES = (16, 32, 64, 128, 256, 512)
 
+STEP_STATE_SIZE = 4096  # the decoding kernel holds a channel's whole state at once
 CPU_CHUNK = 64  # the chunk's attention matrix then stays in the cache of a core
 
 
@@ -63,6 +65,11 @@ def ssd(
     _check_shapes(x, dt, A, B, C, D, initial_state, cu_seqlens)
     options = {"D": D, "initial_state": initial_state, "output_final_state": output_final_state}
     if x.shape[1] == 1 and cu_seqlens is None and backend is None:
+        if one_kernel("ssd_step", x, dt, initial_state) and B.shape[3] <= STEP_STATE_SIZE:
+            from .step_triton import ssd_step
+
+            y, final = ssd_step(x, dt, A, B, C, D=D, initial_state=initial_state)
+            return y, final if output_final_state else None
         return ssd_recurrent(x, dt, A, B, C, **options)
     chosen = resolve("ssd", x.device, _offered(x, B, initial_state, output_final_state, cu_seqlens), backend)
     run = {"torch": _ssd_torch, "mamba_ssm": _ssd_mamba, "triton": _ssd_triton}[chosen]

@@ -154,6 +154,16 @@ def test_no_more_storage_is_kept_than_said(model):
 
 
 @torch.no_grad()
+def test_the_step_kernels_decode_the_same(model, interpreter, monkeypatch):
+    ids = tokens(2)
+    expected = plain(model, ids)
+    asked = []
+    monkeypatch.setattr("models.ops.step.resolve", lambda operator, *_: asked.append(operator) or "triton")
+    assert_same(fast(model, GraphedDecoder(model), ids), expected)
+    assert set(asked) == ({"gla_step"} if "gla" in model.config.model_type else {"conv_step", "ssd_step"})
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "how", [{"do_sample": False}, {"do_sample": True, "top_p": 0.9}, {"num_beams": 3, "do_sample": False}]
 )
