@@ -16,7 +16,7 @@ pytest.importorskip("deepspeed")
 if shutil.which("ninja") is None or shutil.which("g++") is None:
     pytest.skip("DeepSpeed on a CPU compiles its communication: needs ninja and g++", allow_module_level=True)
 
-CPU = {"STATEX_ZERO_ON_CPU": "1", "DS_ACCELERATOR": "cpu"}
+CPU = {"STATEX_CPU_REHEARSAL": "1", "DS_ACCELERATOR": "cpu"}
 
 
 @pytest.fixture(scope="module")
