@@ -227,8 +227,8 @@ class Launcher:
         return out
 
     def grad(self, do: Tensor, v: Tensor, states: Tensor, dstates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the decayed queries and keys in their own type, as rounding them adds less than that of
-        q and k did; in float32 the sum over V of states * dstates."""
+        """Gradients of the decayed queries and keys in the type of q and k, whose rounding outweighs theirs;
+        the sum over V of states * dstates in float32."""
         settings, layout = self.settings["grad"], self.layout
         dqueries, dkeys = torch.empty_like(self.like), torch.empty_like(self.like)
         product = do.new_empty(layout.num_chunks, self.H, self.K, dtype=torch.float32)
