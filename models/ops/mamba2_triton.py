@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .conv import final_inputs
@@ -33,6 +32,7 @@ from .conv_triton import bounds_of, convolve, convolve_backward
 from .matmul import bias_gradient, input_gradient, product, weight_gradient
 from .norm_triton import norm_backward, norm_forward, rows_of
 from .ssd_triton import Scan, Shape, outputs, prepared, split_packed, ssd_backward, start_scan
+from .steps_triton import step_sizes, step_sizes_backward
 
 RECOMPUTE = ("none", "conv", "scan", "full")
 
@@ -150,7 +150,6 @@ class Parts:
         self.w, self.options = w, options
         self.conv_state, self.recurrent_state, self.cu_seqlens = carried
         self.heads, self.inner = len(w.dt_bias), len(w.gated_norm)
-        self.clamps = options.time_step_limit != (0.0, float("inf"))
         self.folded = torch.mul(  # one pass: W_in is read once and written in the dtype of the products
             w.in_proj, w.norm, out=torch.empty(w.in_proj.shape, dtype=options.dtype, device=xhat.device)
         )
@@ -169,8 +168,8 @@ class Parts:
     def scan_inputs(self) -> tuple[tuple[Tensor | None, ...], Shape]:
         """What the SSD kernels read: x, dt, A, B, C, D and the initial state."""
         x, B, C = split_packed(self.convolved, self.heads, self.options.groups, self.options.state_size)
-        dt = F.softplus(self.raw.float() + self.w.dt_bias.float())
-        dt = dt.clamp(*self.options.time_step_limit) if self.clamps else dt
+        dt = step_sizes(self.raw.flatten(0, 1), self.w.dt_bias, self.options.time_step_limit)
+        dt = dt.view(self.raw.shape)
         A = -torch.exp(self.w.A_log.float())
         return prepared(x, dt, A, B, C, self.w.D, self.recurrent_state), Shape(x, B, self.cu_seqlens)
 
@@ -211,7 +210,9 @@ class Parts:
         ddt, dA, dD, drecurrent = ssd_backward(shape, inputs, dy.view(inputs[0].shape), dfinal, *split, scan)
         convolution = w.conv, w.conv_bias, self.conv_state, *self.bounds, self.cu_seqlens
         dconv, dconv_bias, dconv_state = convolve_backward(dconvolved, self.xBC, *convolution, True, dxBC)
-        ddt_bias = self._step_gradient(ddt, draw)
+        ddt_bias = step_sizes_backward(
+            self.raw.flatten(0, 1), w.dt_bias, ddt, draw.flatten(0, 1), self.options.time_step_limit
+        )
         if dtail is not None:
             dconv_state = self._add_tail_gradient(dtail, dxBC, dconv_state)
         gradients = {
@@ -221,17 +222,6 @@ class Parts:
             "out_bias": bias_gradient(du, w.out_bias),
         }  # fmt: skip
         return dprojected, (dconv_state, drecurrent), gradients
-
-    def _step_gradient(self, ddt: Tensor, draw: Tensor) -> Tensor:
-        """Through clamp and softplus into `draw`; the gradient of dt_bias."""
-        low, high = self.options.time_step_limit
-        logits = self.raw.float() + self.w.dt_bias.float()
-        gradient = ddt.view(logits.shape) * torch.sigmoid(logits)
-        if self.clamps:
-            steps = F.softplus(logits)
-            gradient = gradient * ((steps >= low) & (steps <= high))
-        draw.copy_(gradient)
-        return gradient.sum((0, 1))
 
     def _add_tail_gradient(self, dtail: Tensor, dxBC: Tensor, dconv_state: Tensor | None) -> Tensor | None:
         """The carried inputs of the convolution are a selection from its inputs and its initial state."""
