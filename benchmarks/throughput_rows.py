@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.random_weights import draw_weights
 from models import build_model, expand_state
-from models.draw import Draw
 from models.ops import matmul
 from training.config import RunConfig
 from training.recompute import choose_recompute
@@ -116,8 +116,7 @@ def _ours(row: str, levels: str, load: Load) -> tuple[nn.Module, list[str]]:
     count = len(model.blocks)
     chosen = [levels] * count if levels in LEVELS else automatic(row if levels == "auto" else levels, load)
     model.set_recompute(list(chosen))
-    _fill(model.to_empty(device=DEVICE))
-    return model.train(), list(chosen)
+    return draw_weights(model, DEVICE).train(), list(chosen)
 
 
 @cache
@@ -127,18 +126,6 @@ def automatic(row: str, load: Load) -> tuple[str, ...]:
     device = torch.device(DEVICE, torch.cuda.current_device()) if DEVICE == "cuda" else torch.device(DEVICE)
     with products_of(spec):
         return tuple(choose_recompute(_shapes(spec), _config(spec, load), 1, device, load.memory))
-
-
-@torch.no_grad()
-def _fill(model: nn.Module) -> None:
-    """Random weights: `model.initialize` draws on the CPU, reproducibly but slowly."""
-    draw = Draw(0)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            parameter.normal_(std=0.02)
-        if sum(p.numel() for p in module.parameters(recurse=False)) < 2**20:
-            model.initialize_module(module, draw)
-    model.tie_weights()
 
 
 def _fla(spec: Spec) -> tuple[nn.Module, list[str]]:
