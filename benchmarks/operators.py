@@ -198,9 +198,7 @@ def chosen(arguments: Arguments) -> list[tuple[int, str]]:
     operators = sorted({case.operator for case in every})
     for start in starts:
         if not any(name.lower().startswith(start) for name in operators):
-            raise ValueError(
-                f"operators: no operator begins with {start!r}; there are {', '.join(operators)}"
-            )
+            raise ValueError(f"operators: none begins with {start!r}; there are {'; '.join(operators)}")
     return [
         (index, name)
         for index, case in enumerate(every)

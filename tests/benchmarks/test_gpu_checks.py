@@ -1,0 +1,68 @@
+"""What the GPU checks do without a GPU: their cases, their arguments, and what they count."""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu_check_backends as backends
+from benchmarks import gpu_check_ssd
+
+
+def test_optional_backends_are_checked_at_all_lengths_plain_and_packed():
+    labels = [label for group in backends.groups(list(backends.PACKAGES)) for label, _ in group]
+    assert len(labels) == len(set(labels))
+    for name in ("chunk_gla 2x256x512", "chunk_gla 1x1024x2048", "mamba_ssm 128", "mamba_ssm 512"):
+        for dtype in ("bfloat16", "float32"):
+            mine = [label for label in labels if label.startswith(name) and dtype in label]
+            lengths = {int(label.split("T=")[1].split()[0]) for label in mine}
+            assert lengths == {1, 63, 64, 65, 1000, 8192}, name
+            assert sum("packed=True" in label for label in mine) == 5
+
+
+def test_a_case_that_fails_is_counted_and_the_others_go_on(capfd):
+    def broken() -> int:
+        raise RuntimeError("no kernel")
+
+    class OutOfResources(RuntimeError):  # noqa: N818  what triton calls it
+        pass
+
+    def too_large() -> int:
+        raise OutOfResources("shared memory")
+
+    cases = [("first", broken), ("second", too_large), ("third", lambda: 1), ("fourth", lambda: 0)]
+    assert backends.run_group(cases, time.time() + 60) == (2, 0)
+    printed = capfd.readouterr().out
+    assert "FAIL first RuntimeError: no kernel" in printed
+    assert "none second" in printed
+    assert backends.run_group(cases, 0) == (0, 4)
+    assert "left out fourth" in capfd.readouterr().out
+
+
+def test_wrong_arguments_are_named(capsys):
+    assert backends.main(["only=flax"]) == 2
+    assert "only=flax" in capsys.readouterr().err
+
+
+def test_ssd_checks_run_every_case(monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu_check_ssd, "check_ssd_case", lambda *case: seen.append(case) or 1)
+    dtypes = (torch.bfloat16, torch.float32)
+    assert gpu_check_ssd.check_ssd(("triton",), (128, 512), dtypes, (1, 63)) == 12
+    assert (("triton",), 512, torch.float32, 63, True) in seen
+    assert not any(length == 1 and packed for *_, length, packed in seen)
+
+
+@pytest.mark.parametrize("word", ["none", "FAIL"])
+def test_only_a_package_may_lack_a_kernel(word, monkeypatch, capsys):
+    class OutOfResources(RuntimeError):  # noqa: N818
+        pass
+
+    def raising(*arguments):
+        raise OutOfResources("shared memory")
+
+    monkeypatch.setattr(gpu_check_ssd, "gradients_of", raising)
+    backend = {"none": "mamba_ssm", "FAIL": "triton"}[word]
+    good = gpu_check_ssd.compare("label", None, None, {}, backend, torch.float32)
+    assert good is (word == "none")
+    assert capsys.readouterr().out.startswith(word)
