@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .cache import LayerState, RecurrentCache
 from .language_model import LanguageModel
+from .ops.step import states_in_place
 
 SWITCH = "STATEX_CUDA_GRAPHS"
 WARM_UP_STEPS = 3  # before a capture, on a side stream: kernels are compiled and libraries set up
@@ -110,7 +111,8 @@ class GraphedDecoder:
         return slot
 
     def _advance(self, slot: "_Slot") -> Tensor:
-        return self._forward(slot.tokens, slot.cache)
+        with states_in_place():
+            return self._forward(slot.tokens, slot.cache)
 
     def _forward(self, tokens: Tensor, cache: RecurrentCache) -> Tensor:
         # forward itself: hooks have run around the call that led here
@@ -145,7 +147,8 @@ class GraphedDecoder:
                 raise torch.OutOfMemoryError(
                     "a decoding step's CUDA graph does not fit the memory"
                 ) from error
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = error.__context__ or error  # ending a failed capture raises a second error
+            reason = (str(first).strip().splitlines() or [type(first).__name__])[0]
             raise RuntimeError(
                 f"the decoding step of {type(self.model).__name__} cannot be captured as a CUDA graph "
                 f"({reason}); {SWITCH}=0 decodes without graphs"
@@ -194,7 +197,8 @@ class _FixedCache(RecurrentCache):
     def stored(self, index: int, state: LayerState) -> LayerState:
         own = self.layers[index]
         for name, tensor in state.items():
-            own[name].copy_(tensor)
+            if tensor is not own[name]:  # a kernel may have written into it
+                own[name].copy_(tensor)
         return own
 
 

@@ -45,8 +45,8 @@ def causal_conv1d(
         ValueError: shapes that do not fit together, an unknown activation, or a backend that cannot run.
     """
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
-    carried = initial_state is not None and weight.shape[1] > 1 and cu_seqlens is None and backend is None
-    if carried and one_kernel("conv_step", x, weight, initial_state):
+    carried = initial_state is not None and cu_seqlens is None and backend is None
+    if carried and weight.shape[1] in (2, 3, 4) and one_kernel("conv_step", x, weight, initial_state):
         from .step_triton import conv_step
 
         y, final = conv_step(x, weight, bias, activation, initial_state)

@@ -1,7 +1,7 @@
 """One token at a time: the decoding steps of GLA, SSD and the convolution in front of it, one kernel each.
 
 Their twins are `gla_recurrent`, `ssd_recurrent` and the torch path of `causal_conv1d`, which need ten to
-fifteen kernels for a step. A state is read once and written once, into a tensor of its own. No gradients.
+fifteen kernels for a step. A state is read once and written once, see `step.states_in_place`. No gradients.
 
 Shapes: B rows with one token each, H heads, K key and V value channels, P head channels, N state channels,
 G groups, D channels of the convolution, W its width.
@@ -15,6 +15,8 @@ try:
     import triton.language as tl
 except ImportError as error:
     raise ImportError("models/ops/step_triton.py needs triton") from error
+
+from .step import new_state
 
 _TILE = 4096  # numbers of a state that a program holds at once
 _PROGRAMS = 128  # about as many as an H100 has multiprocessors
@@ -92,16 +94,23 @@ def _conv_step_kernel(
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     known = channel < D
     x = tl.load(x_ptr + row * x_row + channel, mask=known, other=0.0)
-    y = tl.load(weight_ptr + channel * W + W - 1, mask=known, other=0.0).to(tl.float32) * x.to(tl.float32)
-    past = (row * D + channel) * (W - 1)
-    for w in tl.static_range(W - 1):
-        before = tl.load(state_ptr + past + w, mask=known, other=0.0)
-        y += tl.load(weight_ptr + channel * W + w, mask=known, other=0.0).to(tl.float32) * before.to(
-            tl.float32
-        )
-        if w > 0:
-            tl.store(new_ptr + past + w - 1, before.to(new_ptr.dtype.element_ty), mask=known)
-    tl.store(new_ptr + past + W - 2, x, mask=known)
+    last = (row * D + channel) * (W - 1) + W - 2  # the input before this one, at the end of the state
+    weight = weight_ptr + channel * W + W - 1
+    y = x.to(tl.float32) * tl.load(weight, mask=known, other=0.0).to(tl.float32)
+    x1 = tl.load(state_ptr + last, mask=known, other=0.0)
+    y += x1.to(tl.float32) * tl.load(weight - 1, mask=known, other=0.0).to(tl.float32)
+    if W > 2:
+        x2 = tl.load(state_ptr + last - 1, mask=known, other=0.0)
+        y += x2.to(tl.float32) * tl.load(weight - 2, mask=known, other=0.0).to(tl.float32)
+    if W > 3:
+        x3 = tl.load(state_ptr + last - 2, mask=known, other=0.0)
+        y += x3.to(tl.float32) * tl.load(weight - 3, mask=known, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # the new state may lie where the old one was: all of it has been read now
+    tl.store(new_ptr + last, x.to(new_ptr.dtype.element_ty), mask=known)
+    if W > 2:
+        tl.store(new_ptr + last - 1, x1.to(new_ptr.dtype.element_ty), mask=known)
+    if W > 3:
+        tl.store(new_ptr + last - 2, x2.to(new_ptr.dtype.element_ty), mask=known)
     if HAS_BIAS:
         y += tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)
     if SILU:
@@ -123,14 +132,14 @@ def gla_step(
     """`gla_gated` of one token: q, k and logits [B, 1, H, K], v [B, 1, H, V], state [B, H, K, V]."""
     B, _, H, K = q.shape
     V = v.shape[-1]
-    o, state = v.new_empty(B, 1, H, V), v.new_empty(B, H, K, V, dtype=torch.float32)
+    o, state = v.new_empty(B, 1, H, V), new_state(v, (B, H, K, V), torch.float32, initial_state)
     initial_state = None if initial_state is None else initial_state.contiguous()
     q, k, v, gate = (_rows(x) for x in (q, k, v, gate))
     # narrow columns where there are few heads, so that every multiprocessor has some
     BV = next((n for n in (64, 32) if triton.cdiv(V, n) * B * H >= _PROGRAMS), 16)
     BK = min(triton.next_power_of_2(K), _TILE // BV)
     _gla_step_kernel[(triton.cdiv(V, BV), B * H)](
-        q, k, v, gate, initial_state, o, state, scale, gate_logit_normalizer, clamp_min or 0.0,
+        q, k, v, gate, initial_state, o, state, scale, float(gate_logit_normalizer), clamp_min or 0.0,
         H, K, V, q.stride(0), k.stride(0), v.stride(0), gate.stride(0),
         HAS_STATE=initial_state is not None, HAS_CLAMP=clamp_min is not None, BK=BK, BV=BV, num_warps=8,
     )  # fmt: skip
@@ -143,7 +152,7 @@ def ssd_step(
     """`ssd` of one token: x [B, 1, H, P], dt [B, 1, H], B and C [B, 1, G, N], state [B, H, P, N]."""
     batch, _, H, P = x.shape
     G, N = B.shape[2:]
-    y, state = x.new_empty(batch, 1, H, P), x.new_empty(batch, H, P, N, dtype=torch.float32)
+    y, state = x.new_empty(batch, 1, H, P), new_state(x, (batch, H, P, N), torch.float32, initial_state)
     initial_state = None if initial_state is None else initial_state.contiguous()
     x, dt, B, C = (_rows(t) for t in (x, dt, B, C))
     BN = triton.next_power_of_2(N)
@@ -159,9 +168,9 @@ def ssd_step(
 def conv_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`causal_conv1d` of one token: x [B, 1, D], weight [D, W], initial_state [B, D, W - 1]."""
+    """`causal_conv1d` of one token: x [B, 1, D], weight [D, W], W 2, 3 or 4, initial_state [B, D, W - 1]."""
     batch, _, D = x.shape
-    y, state = x.new_empty(batch, 1, D), x.new_empty(initial_state.shape)
+    y, state = x.new_empty(batch, 1, D), new_state(x, initial_state.shape, x.dtype, initial_state)
     rows = _rows(x)
     _conv_step_kernel[(triton.cdiv(D, 128), batch)](
         rows, weight.contiguous(), bias, initial_state.contiguous(), y, state, D, rows.stride(0),

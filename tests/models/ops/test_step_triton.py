@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from models.ops.conv import causal_conv1d
 from models.ops.gla import gla_recurrent, log_decay
 from models.ops.ssd import ssd_recurrent
+from models.ops.step import states_in_place
 
 pytest.importorskip("triton", reason="triton is not installed (it exists on Linux only)")
 from models.ops.step_triton import conv_step, gla_step, ssd_step
@@ -51,7 +52,7 @@ def test_ssd(draw, batch, H, P, G, N):
         close(ssd_step(x, dt, A, B, C, D=skip, initial_state=carried), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_convolution(draw, width, activation):
     x, weight, bias = draw(3, 1, 400)[..., 50:250], draw(200, width), draw(200)
@@ -60,6 +61,30 @@ def test_convolution(draw, width, activation):
         options = {"activation": activation, "initial_state": state, "output_final_state": True}
         expected = causal_conv1d(x, weight, b, **options, backend="torch")
         close(conv_step(x, weight, b, activation, state), expected)
+
+
+def test_states_stay_as_they_are_or_where_they_are(draw):
+    x, weight, conv_state = draw(2, 1, 300), draw(300, 4), draw(2, 300, 3)
+    q, k, v, gla_state = draw(2, 1, 2, 32), draw(2, 1, 2, 32), draw(2, 1, 2, 48), draw(2, 2, 32, 48)
+    y, dt, A, ssd_state = draw(2, 1, 4, 8), F.softplus(draw(2, 1, 4)), -draw(4).exp(), draw(2, 4, 8, 16)
+    B, C = draw(2, 1, 2, 16), draw(2, 1, 2, 16)
+    options = {"gate_logit_normalizer": 16.0, "clamp_min": None, "scale": 1.0}
+    steps = {
+        "gla": (gla_state, lambda state: gla_step(q, k, v, q, **options, initial_state=state)),
+        "ssd": (ssd_state, lambda state: ssd_step(y, dt, A, B, C, D=None, initial_state=state)),
+        "conv": (conv_state, lambda state: conv_step(x, weight, None, None, state)),
+    }
+    for name, (state, step) in steps.items():
+        before = state.clone()
+        expected = step(state)
+        assert torch.equal(state, before), name
+        with states_in_place():
+            strided = before.transpose(-1, -2).contiguous().transpose(-1, -2)
+            close(step(strided), expected)
+            assert torch.equal(strided, before), name
+            result = step(state)
+        assert result[1] is state, name
+        close(result, expected)
 
 
 def test_half_precision_in_and_out_states_in_fp32(draw):
