@@ -86,13 +86,14 @@ def _settings(heads: int, H: int, K: int, V: int, bytes_each: int, device: torch
 
 def _default(heads: int, K: int, V: int) -> dict[str, dict]:
     """16-bit operands."""
+    large = K * V >= 1 << 20
     march = next(
         (BK, BV, warps)
         for BK, BV, warps in ((128, 128, 8), (64, 128, 4), (64, 64, 4))
         if (heads * K * V) // (BK * BV) >= FEW_PROGRAMS or BK * BV == 64 * 64
     )
     return {
-        "chunk": {"size": 256 if K * V >= 1 << 20 else 128},
+        "chunk": {"size": 256 if large else 128},
         "prepare": {"BK": min(64, K), "num_warps": 4, "num_stages": 2},
         "march": {
             "BK": min(march[0], K),
@@ -113,7 +114,14 @@ def _default(heads: int, K: int, V: int) -> dict[str, dict]:
         },
         "grad": {"BM": 128, "BK": min(128, K), "BV": min(64, V), "num_warps": 8, "num_stages": 3},
         "dscores": {"BM": 128, "BV": min(64, V), "num_warps": 8, "num_stages": 3},
-        "intra_backward": {"BM": 128, "BK": min(32, K), "num_warps": 8, "num_stages": 1, "maxnreg": None},
+        # chunks of one block need 140 registers a thread; 128, without spilling, let two programs run at once
+        "intra_backward": {
+            "BM": 128,
+            "BK": min(32, K),
+            "num_warps": 8,
+            "num_stages": 1,
+            "maxnreg": None if large else 128,
+        },
         "strong_intra_backward": {"BK": min(32, K), "num_warps": 4, "num_stages": 1},
     }
 

@@ -95,16 +95,9 @@ def mild_backward_kernel(
             i = blocks - 1 - step
             row = i * BM + tile
             at, inside = row[:, None] * width + column[None, :], (row < length)[:, None]
-            gap = _chunk_decay(b_ptr, at, column, row, length, C, width) - center[None, :]
-            of_q, of_k = tl.exp2(gap), tl.exp2(-gap)
-            q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            query, key = (q * of_q).to(dtype), (k * of_k).to(dtype)
-            ds_at = dscores_ptr + row[:, None] * (H * C) + row[None, :]
-            ds = tl.load(ds_at, mask=inside & written, other=0.0)
-            dq = tl.dot(ds, key, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(ds), query, input_precision=PRECISION)
-
+            # other blocks first: less is held in registers across these loops
+            dq = tl.zeros([BM, BK], dtype=tl.float32)
+            dk = tl.zeros([BM, BK], dtype=tl.float32)
             before = tl.zeros([BK], dtype=tl.float32)  # what keys of earlier blocks carry out of the chunk
             if C > BM:
                 for j in range(i):
@@ -127,6 +120,15 @@ def mild_backward_kernel(
                     query_j = (query_j * tl.exp2(gap)).to(dtype)
                     dk = tl.dot(tl.trans(ds), query_j, dk, input_precision=PRECISION)
 
+            gap = _chunk_decay(b_ptr, at, column, row, length, C, width) - center[None, :]
+            of_q, of_k = tl.exp2(gap), tl.exp2(-gap)
+            q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            query, key = (q * of_q).to(dtype), (k * of_k).to(dtype)
+            ds_at = dscores_ptr + row[:, None] * (H * C) + row[None, :]
+            ds = tl.load(ds_at, mask=inside & written, other=0.0)
+            dq = tl.dot(ds, key, dq, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(ds), query, dk, input_precision=PRECISION)
             dqueries = tl.load(dqueries_ptr + at, mask=inside, other=0.0).to(tl.float32)
             dq += dqueries * (scale * half)[None, :]
             tl.store(dq_ptr + at, (dq * of_q).to(dtype), mask=inside)

@@ -64,18 +64,18 @@ def test_the_winner_is_laid_over_the_file_in_use(pretended):
     used = folder / "used" / "a-gpu" / "gla.json"
     used.parent.mkdir(parents=True)
     used.write_text(json.dumps({"K1-V1-H1-16bit": {"chunk": {"size": 64}}}))
-    times[64, 32, 4, 1, 168] = 0.5
+    times[64, 32, 8, 1, 128] = 0.5
     times[32, 2, 2] = 0.995  # too little to leave the settings in use for
-    won = {"BM": 64, "BK": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
+    won = {"BM": 64, "BK": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 128}
     kept = {"K1-V1-H1-16bit": {"chunk": {"size": 64}}}
     assert tune() == {**kept, "K256-V512-H4-16bit": {"intra_backward": won}}
 
 
 def test_a_fast_setting_with_wrong_results_or_none_does_not_win(pretended, capsys):
     tune, times, wrong, broken, _ = pretended
-    wrong.append((64, 32, 4, 1, 168))
+    wrong.append((64, 32, 8, 1, 128))
     broken.append((64, 32, 4, 1, None))
-    times |= {(64, 32, 4, 1, 168): 0.1, (64, 32, 4, 1, None): 0.1, (64, 16, 4, 1, None): 0.9}
+    times |= {(64, 32, 8, 1, 128): 0.1, (64, 32, 4, 1, None): 0.1, (64, 16, 4, 1, None): 0.9}
     assert tune()["K256-V512-H4-16bit"]["intra_backward"]["BK"] == 16
     said = capsys.readouterr().out
     assert "computes something else" in said
@@ -84,7 +84,7 @@ def test_a_fast_setting_with_wrong_results_or_none_does_not_win(pretended, capsy
 
 def test_it_ends_when_its_time_is_over(pretended, capsys):
     tune, times, *_ = pretended
-    times[64, 32, 4, 1, 168] = 0.5
+    times[64, 32, 8, 1, 128] = 0.5
     assert tune(seconds=-1.0) is None
     assert "out of time" in capsys.readouterr().out
 
