@@ -15,6 +15,8 @@ from torch import nn
 
 from benchmarks.random_weights import draw_weights
 from models import build_model, expand_state
+from models.gla import GLABlock
+from models.mamba2 import Mamba2Block
 from models.ops import matmul
 from training.config import RunConfig
 from training.recompute import choose_recompute
@@ -48,7 +50,8 @@ ROWS = {
     "mamba2-all": Spec("mamba2", drop_prop=1, drop_mode="mamba4"),
     "mamba2-lpt-fp8": Spec("mamba2", products="fp8"),
 }
-LEVELS = ("none", "mixer", "scan", "mlp", "full")  # each family has some of them
+# each family has some of them
+LEVELS = tuple(dict.fromkeys((*GLABlock.recompute_levels, *Mamba2Block.recompute_levels)))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from benchmarks import throughput, throughput_rows
 from benchmarks.throughput_rows import ROWS, Load, split_name
 from benchmarks.throughput_table import PRICED, Row, describe, price_table, prices, table
 from models.ops import matmul
+from training.rules import _CHOICES
 
 
 def row(name: str, seconds: float, peak: float = 60.0, levels: str = "mlp", length: int = 65536) -> Row:
@@ -95,6 +96,10 @@ def test_equal_asks_only_for_rows_that_are_missing():
     assert list(throughput.equal_names([lpt, statex])) == ["gla-lpt@gla-statex"]
     assert list(throughput.equal_names([lpt, row("gla-statex", 1.05)])) == []
     assert list(throughput.equal_names([row("fla-gla-one-head", 2.0)])) == []
+
+
+def test_levels_are_those_of_a_run():
+    assert {*throughput_rows.LEVELS, "auto"} == set(_CHOICES["recompute"])
 
 
 def test_levels_in_words():
