@@ -1,11 +1,13 @@
 """Gated linear attention on a GPU in one go: errors against float64, then times, then the fastest settings.
 
-    python -m benchmarks.gpu_check_gla [seconds=240] [out=FOLDER] [sections=errors,times,tune]
+    python -m benchmarks.gpu_check_gla [seconds=240] [out=FOLDER] [sections=errors,levels,times,tune]
+    python -m benchmarks.gpu_check_gla sections=errors,levels groups=triton-bf16
 
 Prints a table of relative errors by norm (this repository's kernels and fla's, forward and every gradient),
-the times at 65,536 tokens and what the candidates of tune_kernels take, until `seconds` have passed since the
-start; a section that fails is printed and the others go on. The best settings are written below out/ in the
-layout of configs/kernels, each as soon as it is known.
+what a layer keeps and takes at each level of recomputation, the times at 65,536 tokens, and what the
+candidates of tune_kernels take until `seconds` have passed since the start; a section that fails is printed
+and the others go on. The best settings are written below out/ in the layout of configs/kernels, each as soon
+as it is known.
 """
 
 import importlib
@@ -24,7 +26,9 @@ from torch import Tensor
 
 from benchmarks import tune_kernels
 from benchmarks.operators_gla import SHAPES, measure_kernels, measure_operator
+from models.gla import GLABlock, GLAConfig
 from models.ops.gla import gla, gla_recurrent, log_decay
+from training.activation_probe import probe_layers
 
 LENGTHS = (1, 63, 64, 65, 1000, 8192)
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dstate")
@@ -143,6 +147,16 @@ def print_errors(jobs: list[Future]) -> None:
             print(f"GROUP FAILED: {type(error).__name__} {str(error)[:300]}")
 
 
+def print_levels() -> None:
+    """Memory and time of a layer of GLA-1.3B, forward and backward, by level of recomputation."""
+    for title, (H, K, V) in SHAPES.items():
+        config = GLAConfig(hidden_size=2048, num_heads=4, intermediate_size=5632, num_hidden_layers=1)
+        config.layers[0] |= {"num_heads": H, "head_k_dim": K, "head_v_dim": V, "query_scale": K**-0.5}
+        for cost in probe_layers(config, GLABlock, torch.device("cuda"), autocast=True)[0]:
+            memory = f"keeps {cost.kept:6.0f} bytes a token, {cost.working:6.0f} more in its backward pass"
+            print(f"{title} {cost.level:<6} {memory}, {cost.seconds * 65536e3:6.2f} ms at 65,536 tokens")
+
+
 def print_times(keep: bool = True) -> None:
     with suppress(ImportError):
         import fast_autotune  # noqa: F401
@@ -162,18 +176,26 @@ def print_times(keep: bool = True) -> None:
             print(row)
 
 
+def _name(group: tuple) -> str:
+    implementation, *_, dtype, _ = group
+    return f"{implementation}-{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+
+
 def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments)
     begin, seconds = time.time(), float(given.get("seconds", 240))
     out = Path(given.get("out", os.environ.get("OUT", "output")))
-    sections = given.get("sections", "errors,times,tune").split(",")
+    wanted = given.get("groups", ",".join(map(_name, GROUPS))).split(",")
+    sections = given.get("sections", "errors,levels,times,tune").split(",")
     triton_version = importlib.import_module("triton").__version__
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton_version}")
     if "errors" in sections:
         context, workers = multiprocessing.get_context("spawn"), tune_kernels.default_workers()
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            jobs = [pool.submit(check_group, *group) for group in GROUPS]
+            jobs = [pool.submit(check_group, *group) for group in GROUPS if _name(group) in wanted]
             section("errors", lambda: print_errors(jobs))
+    if "levels" in sections:
+        section("levels", print_levels)
     if "times" in sections:
         section("times", print_times)
     if "tune" in sections:
