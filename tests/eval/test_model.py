@@ -54,6 +54,23 @@ def test_batched_left_padded_answers_equal_single_ones(model: Any, tokenizer: An
     assert together == [tokenizer.decode(greedy(model, item.tokens, 10)) for item in items]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gla", "mamba2"])
+def test_answers_through_cuda_graphs_are_those_without(
+    tiny_folders: dict[str, Path], tokenizer: Any, monkeypatch: Any, family: str
+) -> None:
+    model = load_pretrained(tiny_folders[family], device="cuda")
+    items = [text_item(tokenizer, text, max_new_tokens=20) for text in TEXTS]
+
+    def answers() -> list[list[str]]:
+        evaluated = EvalModel(model, tokenizer, piece=16)
+        return [evaluated.answer(batch) for batch in (items, items[:1], items[1:], items)]
+
+    through_graphs = answers()
+    monkeypatch.setenv("STATEX_CUDA_GRAPHS", "0")
+    assert answers() == through_graphs
+
+
 def test_likelihoods_equal_those_of_one_unpadded_pass(model: Any, tokenizer: Any) -> None:
     items = [
         text_item(tokenizer, text, kind=LOGLIKELIHOOD, continuation=n) for text, n in zip(TEXTS, (2, 7, 5))
