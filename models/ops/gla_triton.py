@@ -122,7 +122,12 @@ def _default(heads: int, K: int, V: int) -> dict[str, dict]:
             "num_stages": 1,
             "maxnreg": None if large else 128,
         },
-        "strong_intra_backward": {"BK": min(32, K), "num_warps": 4, "num_stages": 1},
+        "strong_intra_backward": {
+            "BK": min(32, K),
+            "TILES": min(4, -(-K // 32)),
+            "num_warps": 4,
+            "num_stages": 1,
+        },
     }
 
 
@@ -139,7 +144,12 @@ def _default_wide(K: int, V: int) -> dict[str, dict]:
         "grad": {"BM": 64, "BK": tile_k, "BV": min(32, V), "num_warps": 4, "num_stages": 2},
         "dscores": {"BM": 64, "BV": min(32, V), "num_warps": 4, "num_stages": 2},
         "intra_backward": {"BM": 64, "BK": min(32, K), "num_warps": 4, "num_stages": 1},
-        "strong_intra_backward": {"BK": min(32, K), "num_warps": 4, "num_stages": 1},
+        "strong_intra_backward": {
+            "BK": min(32, K),
+            "TILES": min(4, -(-K // 32)),
+            "num_warps": 4,
+            "num_stages": 1,
+        },
     }
 
 
@@ -267,7 +277,8 @@ class Launcher:
             (intra_backward_kernel, "strong_intra_backward"),
         ):
             settings = self.settings[name]
-            kernel[self.K // settings["BK"], self.layout.num_chunks, self.H](
+            columns = settings["BK"] * settings.get("TILES", 1)  # of a program
+            kernel[self.K // columns, self.layout.num_chunks, self.H](
                 q, k, g, b, total, dscores, dqueries, dkeys, product, dq, dk, dg, self.layout.chunks,
                 self.options.scale, *self.gate, H=self.H, K=self.K, C=self.layout.size,
                 PRECISION=self.precision, **self.gate_flags, **settings,

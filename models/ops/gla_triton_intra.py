@@ -239,13 +239,13 @@ def _carried_out(
 
 
 @triton.jit
-def intra_backward_kernel(
+def _columns_backward(
     q_ptr, k_ptr, g_ptr, b_ptr, total_ptr, dscores_ptr, dqueries_ptr, dkeys_ptr, product_ptr,
-    dq_ptr, dk_ptr, dg_ptr, chunks_ptr, scale, gate_scale, clamp_min,
+    dq_ptr, dk_ptr, dg_ptr, chunks_ptr, scale, gate_scale, clamp_min, first_column,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dg [T, H, K] of one chunk: the parts from within, joined with those through the states.
+    """dq, dk and dg of BK columns of one chunk: the parts from within, joined with those through the states.
 
     A gate at token t touches whatever crosses it, so its gradient is a running sum (arXiv 2312.06635, C):
     dg_t = sum over s >= t of (q_s dq_s - k_s dk_s), plus all that leaves the chunk: the sums of k dk through
@@ -256,7 +256,7 @@ def intra_backward_kernel(
     chunk_length = tl.minimum(C, end - start)
     blocks = tl.cdiv(chunk_length, BLOCK)
     width: tl.constexpr = H * K
-    row, column = tl.arange(0, BLOCK), tl.program_id(0) * BK + tl.arange(0, BK)
+    row, column = tl.arange(0, BLOCK), first_column + tl.arange(0, BK)
     offset = row[:, None] * width + column[None, :]
     score_offset = row[:, None] * (H * C) + row[None, :]
     head = (start.to(tl.int64) * H + i_h) * K
@@ -266,10 +266,7 @@ def intra_backward_kernel(
     dscores_ptr += (start.to(tl.int64) * H + i_h) * C
     dtype = q_ptr.dtype.element_ty
 
-    at_chunk = (i_c.to(tl.int64) * H + i_h) * K + tl.program_id(0) * BK
-    if is_mild(total_ptr + at_chunk, 2 * MILD, BK):
-        return  # mild_backward_kernel's
-    at_chunk += tl.arange(0, BK)
+    at_chunk = (i_c.to(tl.int64) * H + i_h) * K + column
     carried = tl.exp2(tl.load(total_ptr + at_chunk)) * tl.load(product_ptr + at_chunk)
     carried = _carried_out(k_ptr, b_ptr, dkeys_ptr, carried, offset, row, chunk_length, blocks, width, BK)
     for step in range(blocks):
@@ -329,3 +326,26 @@ def intra_backward_kernel(
             x = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
             dg = gate_gradient(dg, x, gate_scale, clamp_min, CLAMP)
         tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def intra_backward_kernel(
+    q_ptr, k_ptr, g_ptr, b_ptr, total_ptr, dscores_ptr, dqueries_ptr, dkeys_ptr, product_ptr,
+    dq_ptr, dk_ptr, dg_ptr, chunks_ptr, scale, gate_scale, clamp_min,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
+    GATED: tl.constexpr, CLAMP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dg [T, H, K] of the tiles of BK columns of a chunk that mild_backward_kernel leaves out.
+
+    A program looks at TILES of them at once: in most there is nothing to do, and few programs fit at a time.
+    """
+    total_at = total_ptr + (tl.program_id(1).to(tl.int64) * H + tl.program_id(2)) * K
+    first = tl.program_id(0) * TILES
+    if not is_mild(total_at + first * BK, 2 * MILD, TILES * BK):
+        for tile in range(first, first + TILES):
+            if not is_mild(total_at + tile * BK, 2 * MILD, BK):
+                _columns_backward(
+                    q_ptr, k_ptr, g_ptr, b_ptr, total_ptr, dscores_ptr, dqueries_ptr, dkeys_ptr, product_ptr,
+                    dq_ptr, dk_ptr, dg_ptr, chunks_ptr, scale, gate_scale, clamp_min, tile * BK,
+                    H, K, C, BK, GATED, CLAMP, PRECISION,
+                )  # fmt: skip

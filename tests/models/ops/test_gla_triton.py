@@ -64,6 +64,16 @@ def test_kernels_halve_blocks_under_strong_gates():
     assert_close(run_kernels(inputs), run(gla, inputs), 1e-4)
 
 
+@pytest.mark.parametrize("strong", [slice(0, 32), slice(40, 64), slice(70, 71), slice(0, 128)])
+def test_kernels_tell_strong_columns_from_mild_ones(strong):
+    # 128 columns are four tiles, which one program of the strong gates' kernel looks at
+    inputs = make_inputs(1, 100, 1, 128, 16, gate=0.01)
+    g = inputs[3].detach().clone()
+    g[..., strong] *= 5000
+    inputs[3] = g.requires_grad_()
+    assert_close(run_kernels(inputs), run(gla, inputs), 1e-4)
+
+
 def test_kernels_stay_finite_and_exact_at_minus_fifty_a_token():
     inputs = make_inputs(1, 130, 1, 16, 16)
     inputs[3] = torch.full_like(inputs[3], -50.0).requires_grad_()
