@@ -171,9 +171,7 @@ class DecodingCache(RecurrentCache):
     def step(self, model: Any, input_ids: Tensor) -> Tensor | None:
         if not self.layers or model is not self.decoder.model:
             return None
-        logits = self.decoder.step(self, input_ids)
-        self.seen_tokens += 1
-        return logits
+        return self.decoder.step(self, input_ids)
 
     def replace(self, layers: list[LayerState]) -> None:
         self.slot = None

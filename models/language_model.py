@@ -232,20 +232,18 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         cache, update = self._cache(past_key_values, use_cache, batch, labels)
         packing = _packing(attention_mask, cu_seqlens, x)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        plain = packing is None and labels is None and not keep and not isinstance(logits_to_keep, Tensor)
-        if plain and length == 1 and update and input_ids is not None and not torch.is_grad_enabled():
-            logits = cache.step(self, input_ids)
-            if logits is not None:
-                output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-                return output.to_tuple() if return_dict is False else output
         streams = [] if keep else None
-        with self._half_precision(x.device.type):
-            x = x.to(self._residual_dtype(x))
-            x = x if packing is None else packing.pack(x)
-            x = self.trunk.last_norm(self.trunk.run(x, cache, packing, update, streams))
-            x, *streams = (t if packing is None else packing.unpack(t, length) for t in (x, *(streams or ())))
-            loss = None if labels is None else self._loss(x, labels, loss_reduction)
-            logits = self._logits(x, logits_to_keep, with_loss=labels is not None)
+        plain = packing is None and labels is None and not keep and not isinstance(logits_to_keep, Tensor)
+        plain = plain and update and input_ids is not None and not torch.is_grad_enabled()
+        loss, logits = None, cache.step(self, input_ids) if plain and length == 1 else None
+        if logits is None:
+            with self._half_precision(x.device.type):
+                x = x.to(self._residual_dtype(x))
+                x = x if packing is None else packing.pack(x)
+                x = self.trunk.last_norm(self.trunk.run(x, cache, packing, update, streams))
+                x, *streams = (_unpacked(t, packing, length) for t in (x, *(streams or ())))
+                loss = None if labels is None else self._loss(x, labels, loss_reduction)
+                logits = self._logits(x, logits_to_keep, with_loss=labels is not None)
         if update:
             cache.seen_tokens += length
         output = CausalLMOutputWithPast(
@@ -355,6 +353,10 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             super().save_pretrained(folder, **kwargs)
         if push_to_hub:
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)))
+
+
+def _unpacked(x: Tensor, packing: Packing | None, length: int) -> Tensor:
+    return x if packing is None else packing.unpack(x, length)
 
 
 def _packing(attention_mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Packing | None:
