@@ -85,10 +85,10 @@ def prepare_kernel(
         inside = (first + row < length)[:, None]
         at = base + first * (H * K)
         g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        q = tl.load(q_ptr + at, mask=inside, other=0.0)  # on its way while g is summed
         b = tl.cumsum(_log_decay(g, inside, gate_scale, clamp_min, GATED, CLAMP), axis=0)
-        q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(b_ptr + at, b, mask=inside)
-        q = q * scale * tl.exp2(b + total[None, :])
+        q = q.to(tl.float32) * scale * tl.exp2(b + total[None, :])
         tl.store(queries_ptr + at, q.to(queries_ptr.dtype.element_ty), mask=inside)
         total += tl.min(b, axis=0)  # b falls: its least value is the last
     tl.store(total_ptr + (i_c.to(tl.int64) * H + i_h) * K + column, total)

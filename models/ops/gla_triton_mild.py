@@ -127,19 +127,21 @@ def mild_backward_kernel(
             query, key = (q * of_q).to(dtype), (k * of_k).to(dtype)
             ds_at = dscores_ptr + row[:, None] * (H * C) + row[None, :]
             ds = tl.load(ds_at, mask=inside & written, other=0.0)
+            dqueries = tl.load(dqueries_ptr + at, mask=inside, other=0.0)  # on their way during the products
+            dkeys = tl.load(dkeys_ptr + at, mask=inside, other=0.0)
             dq = tl.dot(ds, key, dq, input_precision=PRECISION)
             dk = tl.dot(tl.trans(ds), query, dk, input_precision=PRECISION)
-            dqueries = tl.load(dqueries_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            dq += dqueries * (scale * half)[None, :]
+            dq += dqueries.to(tl.float32) * (scale * half)[None, :]
             tl.store(dq_ptr + at, (dq * of_q).to(dtype), mask=inside)
-            dkeys = tl.load(dkeys_ptr + at, mask=inside, other=0.0).to(tl.float32) * half[None, :]
+            dkeys = dkeys.to(tl.float32) * half[None, :]
             gained = query.to(tl.float32) * dq - key.to(tl.float32) * dk  # keys' part within the chunk
             crossing = gained - key.to(tl.float32) * dkeys
             tl.store(dk_ptr + at, ((dk + dkeys) * of_k).to(dtype), mask=inside)
+            if GATED:
+                x = tl.load(g_ptr + at, mask=inside, other=0.0)
             gained_here = tl.sum(gained, axis=0)
             dg = (later + before + gained_here)[None, :] - (tl.cumsum(crossing, axis=0) - crossing)
             later += gained_here
             if GATED:
-                x = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                dg = gate_gradient(dg, x, gate_scale, clamp_min, CLAMP)
+                dg = gate_gradient(dg, x.to(tl.float32), gate_scale, clamp_min, CLAMP)
             tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=inside)
