@@ -238,8 +238,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         loss, logits = None, cache.step(self, input_ids) if plain and length == 1 else None
         if logits is None:
             with self._half_precision(x.device.type):
-                x = x.to(self._residual_dtype(x))
-                x = x if packing is None else packing.pack(x)
+                x = _packed(x.to(self._residual_dtype(x)), packing)
                 x = self.trunk.last_norm(self.trunk.run(x, cache, packing, update, streams))
                 x, *streams = (_unpacked(t, packing, length) for t in (x, *(streams or ())))
                 loss = None if labels is None else self._loss(x, labels, loss_reduction)
@@ -353,6 +352,10 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             super().save_pretrained(folder, **kwargs)
         if push_to_hub:
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)))
+
+
+def _packed(x: Tensor, packing: Packing | None) -> Tensor:
+    return x if packing is None else packing.pack(x)
 
 
 def _unpacked(x: Tensor, packing: Packing | None, length: int) -> Tensor:
