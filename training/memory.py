@@ -12,7 +12,7 @@ _CHUNK_TOKENS = 256  # between two states that the backward pass of a layer hold
 # what a mixer keeps a token at each level, in widths of the residual stream: projections, gates, outputs.
 # Within 10 % of what the 1.3B layers kept on a GPU; whole estimates stay above the measured peaks
 _MIXER_WIDTHS = {
-    "statex_gla": {"none": 5.5, "scan": 4.5, "mlp": 5.5},
+    "statex_gla": {"none": 5.5, "scan": 4.5, "mlp": 4.5},
     "statex_mamba2": {"none": 8.5, "conv": 6.5, "scan": 4.5},
 }
 _OTHER_WIDTHS = {"none": 8.0, "conv": 6.0, "scan": 4.0, "mlp": 8.0}
