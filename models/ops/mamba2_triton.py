@@ -88,7 +88,7 @@ class FusedMixer(torch.autograd.Function):
     def forward(ctx, u, conv_state, recurrent_state, cu_seqlens, options, *parameters):
         w = Parameters(*parameters)
         carried = conv_state, recurrent_state, cu_seqlens
-        in_place = options.in_place and u.is_contiguous()
+        in_place = options.in_place and u.is_contiguous() and not u._is_view()
         with torch.autocast(u.device.type, enabled=False):
             rows = rows_of(u)
             unit = torch.ones_like(w.norm)
@@ -101,7 +101,8 @@ class FusedMixer(torch.autograd.Function):
                 rows_of(y.flatten(-2)), w.gated_norm, options.gated_eps, None, parts.z, False, options.groups,
                 out_dtype=options.dtype,
             )  # fmt: skip
-            stream = _add_output(rows, hidden, w, in_place)
+            out = u if in_place else u.clone(memory_format=torch.contiguous_format)
+            _add_output(rows_of(out), hidden, w)
         kept = {"none": (parts.projected, parts.convolved, y), "conv": (parts.projected, None, y)}
         kept |= {"scan": (parts.projected, None, None), "full": (None, None, None)}
         ctx.save_for_backward(xhat, rstd, gated_rstd, *carried, *w, *kept[options.recompute])
@@ -112,8 +113,7 @@ class FusedMixer(torch.autograd.Function):
         )
         if in_place:
             ctx.mark_dirty(u)
-            return u, tail, final
-        return stream.view(u.shape), tail, final
+        return out, tail, final
 
     @staticmethod
     def backward(ctx, du, dtail, dfinal):
@@ -244,10 +244,9 @@ def _outputs(shape: Shape, inputs: tuple[Tensor | None, ...], scan: Scan) -> Ten
     return y
 
 
-def _add_output(rows: Tensor, hidden: Tensor, w: Parameters, in_place: bool) -> Tensor:
-    """`rows + hidden @ W_out.T + b_out`, in the stream's own memory if it may be overwritten."""
-    if not in_place:
-        return product(hidden, w.out_proj, w.out_bias, rows)
+def _add_output(rows: Tensor, hidden: Tensor, w: Parameters) -> None:
+    """Adds `hidden @ W_out.T + b_out` to the stream, in place: a product that adds to another tensor would
+    copy that first."""
     weight = w.out_proj.to(hidden.dtype)
     if rows.dtype == hidden.dtype:
         rows.addmm_(hidden, weight.T)
@@ -255,7 +254,8 @@ def _add_output(rows: Tensor, hidden: Tensor, w: Parameters, in_place: bool) -> 
         torch.addmm(rows, hidden, weight.T, out_dtype=rows.dtype, out=rows)
     else:
         rows += hidden @ weight.T
-    return rows if w.out_bias is None else rows.add_(w.out_bias)
+    if w.out_bias is not None:
+        rows += w.out_bias
 
 
 def _input_map_gradients(
