@@ -25,6 +25,8 @@ def chunk_layout(B: int, T: int, cu_seqlens: Tensor | None, size: int, device: t
     """The layout of a batch, remembered: building it copies to the device and reads cu_seqlens."""
     if cu_seqlens is None:
         return _dense_layout(B, T, size, device)
+    if cu_seqlens.is_inference():  # it keeps no version by which a change in place would show
+        return _build_layout(cu_seqlens.tolist(), size, device)
     for reference, version, known, layout in _recent:
         if reference() is cu_seqlens and version == cu_seqlens._version and known == size:
             return layout
