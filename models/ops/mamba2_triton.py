@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .conv import final_inputs
 from .conv_triton import bounds_of, convolve, convolve_backward
+from .fold_triton import fold, unfold
 from .matmul import bias_gradient, input_gradient, product, weight_gradient
 from .norm_triton import norm_backward, norm_forward, rows_of
 from .ssd_triton import Scan, Shape, outputs, prepared, split_packed, ssd_backward, start_scan
@@ -150,9 +151,7 @@ class Parts:
         self.w, self.options = w, options
         self.conv_state, self.recurrent_state, self.cu_seqlens = carried
         self.heads, self.inner = len(w.dt_bias), len(w.gated_norm)
-        self.folded = torch.mul(  # one pass: W_in is read once and written in the dtype of the products
-            w.in_proj, w.norm, out=torch.empty(w.in_proj.shape, dtype=options.dtype, device=xhat.device)
-        )
+        self.folded = fold(w.in_proj, w.norm, options.dtype)
         if projected is None:
             projected = product(rows_of(xhat), self.folded, w.in_bias, None)
         self.projected = projected  # [B T, R]
@@ -265,6 +264,6 @@ def _input_map_gradients(
     gradients = {"in_proj": None, "norm": None, "in_bias": bias_gradient(dprojected, w.in_bias)}
     if wanted.in_proj or wanted.norm:
         folded = weight_gradient(dprojected, xhat, w.in_proj)
-        gradients["norm"] = (folded * w.in_proj).sum(0, dtype=torch.float32).to(w.norm.dtype)
-        gradients["in_proj"] = folded.mul_(w.norm)
+        gradients["norm"] = unfold(folded, w.in_proj, w.norm).to(w.norm.dtype)
+        gradients["in_proj"] = folded
     return gradients

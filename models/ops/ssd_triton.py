@@ -323,6 +323,19 @@ def large_chunk_states(shape: Shape, values, keys, decays, states: Tensor, forwa
     return states
 
 
+def large_chunk_reads(shape: Shape, keys: Tensor, states: Tensor) -> Tensor:
+    """What the keys of every chunk read from its state, without decays, `[T, H P]`: [Q, N] times [N, H P]."""
+    reads = torch.empty(
+        shape.chunks, shape.chunk, shape.groups, shape.heads // shape.groups * shape.head_dim,
+        dtype=states.dtype, device=states.device,
+    )  # fmt: skip
+    keys = keys.flatten(0, 1).unflatten(0, (shape.chunks, shape.chunk))  # [chunks, Q, G, N]
+    states = states.view(shape.chunks, shape.groups, -1, shape.state_size)
+    for group in range(shape.groups):
+        torch.bmm(keys[:, :, group], states[:, group].transpose(1, 2), out=reads[:, :, group])
+    return reads
+
+
 def pass_states(
     shape: Shape, states: Tensor, decays, initial_state: Tensor | None, final: bool
 ) -> Tensor | None:
@@ -341,11 +354,14 @@ def pass_states(
 def outputs(shape: Shape, values, keys, states, scores, D, decays, out: Tensor, *, forward: bool) -> None:
     """Fills `out` with y from x, C and the states, or with dx from dy, B and their gradients."""
     tiles = shape.tiles("outputs")
+    reads = shape.regular and shape.state_size >= LARGE_STATE
+    if reads:  # the kernel then takes the product of keys and states as made
+        states = large_chunk_reads(shape, keys, states)
     outputs_kernel[(shape.chunk // tiles["ROWS"], shape.heads, shape.chunks)](
         values, keys, states, scores, D, shape.start, shape.lengths, *decays, out,
         values.stride(1), keys.stride(1), out.stride(1),
         **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward, HAS_D=D is not None,
-        PRECISION=shape.precision,
+        HAS_READS=reads, PRECISION=shape.precision,
     )  # fmt: skip
 
 

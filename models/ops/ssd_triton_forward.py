@@ -195,7 +195,7 @@ def outputs_kernel(
     out_ptr, values_stride, keys_stride, out_stride,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, FORWARD: tl.constexpr, HAS_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_READS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y from x (forward), or dx from dy: the same sums with the roles of query and key exchanged.
 
@@ -232,14 +232,18 @@ def outputs_kernel(
         row_factor = tl.exp2(edge - cumulative)
         begin, end = first_row + ROWS, length
 
-    keys_at = keys_ptr + (start + rows)[:, None] * keys_stride + group * N
-    states_at = states_ptr + (chunk * H + head) * (P * N) + channels[:, None] * N
-    total = tl.zeros([ROWS, P], tl.float32)
-    for n in range(0, N, BLOCK_N):
-        columns = n + tl.arange(0, BLOCK_N)[None, :]
-        keys = tl.load(keys_at + columns, mask=inside, other=0.0)
-        state = tl.load(states_at + columns)
-        total = tl.dot(keys, tl.trans(state), total, input_precision=PRECISION)
+    if HAS_READS:  # states_ptr holds, for full chunks, the products of keys and states
+        reads_at = states_ptr + (start + rows)[:, None] * (H * P) + head * P + channels[None, :]
+        total = tl.load(reads_at).to(tl.float32)
+    else:
+        keys_at = keys_ptr + (start + rows)[:, None] * keys_stride + group * N
+        states_at = states_ptr + (chunk * H + head) * (P * N) + channels[:, None] * N
+        total = tl.zeros([ROWS, P], tl.float32)
+        for n in range(0, N, BLOCK_N):
+            columns = n + tl.arange(0, BLOCK_N)[None, :]
+            keys = tl.load(keys_at + columns, mask=inside, other=0.0)
+            state = tl.load(states_at + columns)
+            total = tl.dot(keys, tl.trans(state), total, input_precision=PRECISION)
     total *= state_factor
 
     for k in range(begin, end, BLOCK_K):
