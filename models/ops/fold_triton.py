@@ -61,7 +61,7 @@ def fold(matrix: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unfold(gradient: Tensor, matrix: Tensor, norm: Tensor) -> Tensor:
-    """Turns the gradient `[R, D]` of the folded matrix into the matrix's own, in place; returns the norm's."""
+    """Turns the gradient `[R, D]` of the folded matrix into the matrix's own, in place; returns norm's."""
     rows, columns = matrix.shape
     shares = triton.cdiv(rows, _ROWS_A_PROGRAM)
     dnorm = torch.empty(shares, columns, dtype=torch.float32, device=matrix.device)
