@@ -130,7 +130,8 @@ class Mamba2Mixer(KeepFp32):
         inputs. `recompute`: what the backward pass computes again, see `Mamba2Block`. With `in_place` the
         stream's memory may be overwritten.
         """
-        if self.shape.state_map == 1 and torch.is_grad_enabled() and self.is_fused(u):
+        decoding = u.shape[1] == 1 and not torch.is_grad_enabled()  # steps have kernels of their own
+        if self.shape.state_map == 1 and not decoding and self.is_fused(u):
             return self.fused(u, norm, state, output_state, cu_seqlens, recompute, in_place)
         composed = recomputed(self.composed) if recompute == "full" else self.composed
         return composed(u, norm, state, output_state, cu_seqlens, recompute in ("conv", "scan"))
