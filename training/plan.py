@@ -2,14 +2,14 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from models.expansion import expand_state
 from models.report import StateReport, state_report
 from training.config import RunConfig
-from training.memory import MemoryEstimate, estimate_memory
+from training.memory import MemoryEstimate, estimate_memory, optimizer_bytes
 from training.progress import short
 from training.recompute import choose_levels
 from training.rules import accumulation, slots_per_step
@@ -69,6 +69,7 @@ class RunPlan:
             ("state elements", _change(self.before.total_elements, self.after.total_elements)),
             ("FLOPs a token", f"{self.training_flops_per_token:.4g} (forward and backward)"),
             ("launch", f"{config.launch} on {self.world_size} {gpu}(s), {config.dtype} compute{products}"),
+            *self._hint(),
             ("memory a " + gpu, f"about {self.memory.total / 1e9:.1f} GB, recompute={_levels(self.levels)}"),
             ("tokens a step", self._accumulation()),
             ("steps", f"{config.n_train_steps:,}, {total:,} tokens in total ({short(total)})"),
@@ -78,6 +79,15 @@ class RunPlan:
             ("checkpoints", f"{size:.2f} GB every {every} steps, {kept} kept: {kept * size:.1f} GB"),
         ]  # fmt: skip
         return [*lines, ("", self.expansion)] if self.expansion else lines
+
+    def _hint(self) -> list[tuple[str, str]]:
+        """DeepSpeed keeps a second master copy, which a single GPU has nobody to share with."""
+        if self.world_size > 1 or not self.config.launch.startswith("zero"):
+            return []
+        alone = replace(self.config, launch="ddp")
+        parameters = self.after.total_parameters
+        saved = optimizer_bytes(parameters, self.config, 1) - optimizer_bytes(parameters, alone, 1)
+        return [("", f"{'':22}(on one GPU launch=ddp does the same in {saved / 1e9:.1f} GB less)")]
 
     def _method(self) -> str:
         config = self.config

@@ -167,6 +167,15 @@ def test_the_plan_of_the_published_recipe_needs_nothing(capsys):
     assert "10,485,760,000" in said
 
 
+def test_the_plan_for_one_gpu_says_what_a_plain_launch_saves():
+    start = ["model_name=gla-1.3B", "init_from=scratch", "plan=true"]
+    plans = {
+        (launch, gpus): str(make_plan(parse_arguments([*start, f"launch={launch}"]), gpus))
+        for launch, gpus in (("zero1", 1), ("zero1", 8), ("ddp", 1))
+    }
+    assert ["launch=ddp" in plan for plan in plans.values()] == [True, False, False]
+
+
 def test_the_plan_counts_what_trains(world, tmp_path):
     from training.config import parse_arguments
 
