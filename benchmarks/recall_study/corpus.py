@@ -60,6 +60,8 @@ class StudyCorpus:
         length = settings.sequence_length
         n_text = settings.rows - settings.recall_rows
         rows = torch.randint(len(self.pool), (settings.recall_rows,), generator=generator)
+        if phase == "base":
+            rows = _of_sizes(rows, sizes_at(settings, step), len(settings.train_pairs))
         starts = torch.randint(len(self.text) - length, (n_text, 1), generator=generator)
         device = self.text.device
         rows = rows.to(device, non_blocking=True)
@@ -67,6 +69,17 @@ class StudyCorpus:
         text = self.text[windows]
         tokens = torch.cat([self.pool[rows], text]).long()
         return tokens, torch.cat([self.pool_labels[rows], text]).long()
+
+
+def sizes_at(settings: Settings, step: int) -> int:
+    """How many of train_pairs come up at a step of a base: the first one at first, one more every while."""
+    n_sizes, steps = len(settings.train_pairs), settings.curriculum_steps
+    return n_sizes if step >= steps else 1 + step * (n_sizes - 1) // steps
+
+
+def _of_sizes(rows: Tensor, allowed: int, n_sizes: int) -> Tensor:
+    """Rows of the first `allowed` sizes in place of others: row r of the pool is of size r % n_sizes."""
+    return rows if allowed == n_sizes else rows // n_sizes * n_sizes + rows % n_sizes % allowed
 
 
 def _hash(*parts: object) -> int:

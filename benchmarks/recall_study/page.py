@@ -105,6 +105,7 @@ def _set_up(s: Settings, results: list[FamilyResult]) -> str:
         measurements, one every {s.base_eval_every} steps, is less than {s.plateau_gain} above that of
         the {s.plateau_window} before (at most {s.base_steps} steps), then {s.base_decay_steps} steps of
         linear decay.""",
+        *_own_lines(s),
         f"""Arms: from the same base, {s.post_steps} steps of {s.tokens_per_step:,}
         tokens, the same batches in the same order, {s.warmup_steps} steps of warm-up to {s.post_lr},
         cosine to 0. LPT expands nothing.""",
@@ -119,6 +120,30 @@ def _set_up(s: Settings, results: list[FamilyResult]) -> str:
         seed, and bold where the interval leaves out 0. No correction for the number of arms.""",
     ]
     return "\n".join(f"{i}. {' '.join(line.split())}" for i, line in enumerate(lines, start=1))
+
+
+def _own_lines(s: Settings) -> list[str]:
+    """What differs from the lines above: by family, a wider first gate, a curriculum."""
+    lines = []
+    for family in s.families:
+        mine, name = s.of(family), FAMILY_NAMES.get(family, family)
+        if mine.curriculum_steps:
+            lines.append(f"""{name}'s base begins with examples of {s.train_pairs[0]} pairs; further sizes
+            join one after the other over {mine.curriculum_steps} steps.""")
+        if mine.first_gate_width != 1 and family == "gla":
+            lines.append(f"""{name}'s base begins with forget gates of the first layer that are drawn
+            {mine.first_gate_width:g} times as wide, both matrices. GLA divides a gate's logit by 16 and has
+            no short convolution here: a first layer with narrow gates can hardly tell the token before
+            from all others. What an arm draws afresh is drawn
+            as its drop_mode says.""")
+        rates = [
+            f"{key} {getattr(mine, key)}"
+            for key in ("base_lr", "post_lr", "weight_decay")
+            if getattr(mine, key) != getattr(s, key)
+        ]
+        if rates:
+            lines.append(f"{name} has its own {', '.join(rates)}.")
+    return lines
 
 
 def _sweep(s: Settings, results: list[FamilyResult]) -> str:

@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ class Run:
 
 def run_job(job: Job, bench: Bench) -> dict[str, Any] | None:
     """The record of a finished run, or None when it was told to stop (and has saved itself)."""
+    bench = replace(bench, settings=bench.settings.of(job.family))
     work = {"base": run_base, "arm": run_arm, "cost": run_cost}[job.kind]
     record = work(job, bench)
     return record and _head(job, bench) | record
@@ -166,7 +167,21 @@ def run_cost(job: Job, bench: Bench) -> dict[str, Any] | None:
 def build_base(job: Job, bench: Bench) -> nn.Module:
     """A base of the family with the weights that the job's seed draws."""
     config = bench.settings.models[job.family] | {"vocab_size": bench.corpus.vocab_size}
-    return build_model(config, device=bench.device, seed=job.seed).train()
+    model = build_model(config, device=bench.device, seed=job.seed).train()
+    widen_first_gate(model, bench.settings.first_gate_width)
+    return model
+
+
+@torch.no_grad()
+def widen_first_gate(model: nn.Module, factor: float) -> None:
+    """Begin with a first layer that can forget at once.
+
+    GLA divides a gate's logit by 16, so that a gate drawn narrow hardly forgets; without a short convolution
+    the first layer needs one that does, to tell the token before from all others.
+    """
+    for name, parameter in model.blocks[0].token_mixer.named_parameters():
+        if name.startswith("gk_proj") and name.endswith("weight"):
+            parameter.mul_(factor)
 
 
 def base_file(job: Job, work: Path) -> Path:

@@ -29,6 +29,9 @@ EXECUTION = (
     "shard_seconds",
     "grace_seconds",
 )
+# came later: where they are at their default, they are no part of a fingerprint
+ADDED = {"first_gate_width": 1.0, "curriculum_steps": 0, "own": {}}
+OWN = ("base_lr", "post_lr", "weight_decay", "first_gate_width", "curriculum_steps")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,13 @@ class Settings:
 
     weight_decay: float = 0.1
     grad_clip: float = 1.0
+    first_gate_width: float = (
+        1.0  # GLA: both forget-gate matrices of a base's first layer begin this much wider
+    )
+    curriculum_steps: int = 0  # a base's steps until all train_pairs come up; they begin with the first one
+    own: dict[str, dict] = dataclasses.field(
+        default_factory=dict
+    )  # family -> fields of OWN that differ there
     dtype: str = "bf16"  # of products; parameters and optimiser are fp32
     device: str = "cuda"
     workers: int = 12  # processes sharing the device; 1: none besides this one
@@ -85,7 +95,14 @@ class Settings:
     def fingerprint(self) -> str:
         """Of everything that changes a run's numbers; records of other fingerprints are never mixed in."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in EXECUTION}
+        for name, default in ADDED.items():
+            if values[name] == default:
+                del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def of(self, family: str) -> "Settings":
+        """These settings with what `own` says for a family."""
+        return dataclasses.replace(self, **self.own.get(family, {}), own={})
 
     @property
     def tokens_per_step(self) -> int:
@@ -119,12 +136,16 @@ def read_settings(path: str | Path, overrides: dict[str, str] | None = None) -> 
 def from_dict(values: dict[str, Any]) -> Settings:
     for key in values:
         _require_known(key)
-    missing = [name for name, f in FIELDS.items() if f.default is dataclasses.MISSING and name not in values]
+    missing = [name for name, f in FIELDS.items() if _required(f) and name not in values]
     if missing:
         raise ValueError(f"the configuration lacks {', '.join(missing)}")
     settings = Settings(**{key: _typed(key, value) for key, value in values.items()})
     _check(settings)
     return settings
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
@@ -162,14 +183,24 @@ def _typed(key: str, value: Any) -> Any:
         raise ValueError(f"{key}={value!r}: expected {kind}")
     if key == "arms":
         return {family: tuple(names) for family, names in value.items()}
+    if key == "own":
+        return {family: _typed_own(family, fields) for family, fields in value.items()}
     return value
 
 
+def _typed_own(family: str, fields: dict[str, Any]) -> dict[str, Any]:
+    for key in fields:
+        if key not in OWN:
+            raise ValueError(f"own.{family}.{key}: a family may have its own {', '.join(OWN)}")
+    return {key: _typed(key, value) for key, value in fields.items()}
+
+
 def _check(s: Settings) -> None:
-    positive = {k: v for k, v in dataclasses.asdict(s).items() if isinstance(v, int) and k != "cost_steps"}
-    for key, value in positive.items():
-        if value < (0 if key in ("grace_seconds", "sweep_best") else 1):
-            raise ValueError(f"{key}={value}: expected a positive number")
+    for part in (s, *map(s.of, s.own)):
+        _check_numbers(part)
+    unknown = set(s.own) - set(s.models)
+    if unknown:
+        raise ValueError(f"own.{unknown.pop()}: the configuration has models for {', '.join(s.models)}")
     for family in s.families:
         if family not in s.models or family not in s.arms:
             raise ValueError(f"families={family}: the configuration has models for {', '.join(s.models)}")
@@ -178,6 +209,22 @@ def _check(s: Settings) -> None:
         raise ValueError(f"recall_rows={s.recall_rows} must leave rows of text (rows={s.rows})")
     if s.dtype not in ("bf16", "fp32"):
         raise ValueError(f"dtype={s.dtype}: expected bf16 or fp32")
+
+
+def _check_numbers(s: Settings) -> None:
+    may_be_0 = (
+        "cost_steps",
+        "grace_seconds",
+        "sweep_best",
+        "curriculum_steps",
+        "weight_decay",
+        "plateau_gain",
+    )
+    for key, value in dataclasses.asdict(s).items():
+        if isinstance(value, (int, float)) and not (value > 0 or (value == 0 and key in may_be_0)):
+            raise ValueError(f"{key}={value}: expected a positive number")
+    if s.curriculum_steps and list(s.train_pairs) != sorted(set(s.train_pairs)):
+        raise ValueError(f"curriculum_steps={s.curriculum_steps}: train_pairs must rise, are {s.train_pairs}")
 
 
 def _check_recall(s: Settings) -> None:

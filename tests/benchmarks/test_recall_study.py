@@ -14,14 +14,12 @@ import torch
 import data.quickstart
 from benchmarks.recall_study import pool, report
 from benchmarks.recall_study.__main__ import main
-from benchmarks.recall_study.arms import Arm, expand, main_arms, parse_arm, sweep_arms
-from benchmarks.recall_study.corpus import load_corpus
+from benchmarks.recall_study.arms import expand, main_arms, parse_arm, sweep_arms
+from benchmarks.recall_study.corpus import load_corpus, sizes_at
 from benchmarks.recall_study.jobs import open_jobs
-from benchmarks.recall_study.runs import Bench, Job, _plateau, base_file, run_job
+from benchmarks.recall_study.runs import Bench, Job, base_file, build_base, run_job
 from benchmarks.recall_study.settings import REPOSITORY, from_dict, read_settings, to_dict
-from benchmarks.recall_study.statistics import estimate, paired
 from benchmarks.recall_study.store import Store, key_of, read_records
-from benchmarks.recall_study.summary import family_results, recommended, recovered_at, verdicts
 from models import build_model
 
 MICRO = {
@@ -212,6 +210,30 @@ def test_the_fingerprint_names_what_changes_numbers():
     assert len({s.fingerprint for s in (micro(), *changed)}) == 4
 
 
+def test_settings_that_came_later_keep_older_fingerprints():
+    """The fingerprint of committed records is the one that their settings, without the later keys, have."""
+    records = read_records(REPOSITORY / "benchmarks/recall_study/results/cpu.jsonl")
+    assert from_dict(records[0]["settings"]).fingerprint == records[0]["fingerprint"]
+    default = micro(first_gate_width=1.0, curriculum_steps=0, own={})
+    changed = [micro(first_gate_width=4), micro(curriculum_steps=1), micro(own={"gla": {"base_lr": 1e-4}})]
+    assert len({s.fingerprint for s in (micro(), default, *changed)}) == 4
+
+
+def test_a_family_may_have_a_few_settings_of_its_own():
+    settings = micro(own={"gla": {"base_lr": 0.5, "first_gate_width": 8}})
+    assert (settings.of("gla").base_lr, settings.of("gla").first_gate_width) == (0.5, 8.0)
+    assert settings.of("mamba2") == micro()
+    assert from_dict(to_dict(settings)) == settings
+    for own, message in (
+        ({"gla": {"rows": 2}}, "own.gla.rows"),
+        ({"gla": {"base_lr": "high"}}, "base_lr"),
+        ({"gla": {"base_lr": -1.0}}, "base_lr"),
+        ({"rwkv": {"base_lr": 1.0}}, "own.rwkv"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            micro(own=own)
+
+
 def test_records_of_another_fingerprint_or_corpus_are_not_mixed_in(tmp_path):
     file = tmp_path / "r.jsonl"
     run = {"kind": "arm", "family": "gla", "seed": 0, "arm": "LPT", "corpus": "a"}
@@ -303,6 +325,31 @@ def test_all_arms_of_a_seed_read_the_same_tokens(cached):
         assert not torch.equal(first[0], corpus.batch(settings, *other)[0])
 
 
+def test_a_curriculum_begins_with_the_fewest_pairs(cached):
+    settings = micro(curriculum_steps=8)
+    assert [sizes_at(settings, step) for step in (0, 7, 8, 100)] == [1, 1, 2, 2]
+    corpus = load_corpus(settings, cached, "cpu")
+    short = {tuple(row) for row in corpus.pool[::2].tolist()}  # row r is of size r % 2
+    rows = settings.recall_rows
+    assert {
+        tuple(row) for s in range(8) for row in corpus.batch(settings, 0, "base", s)[0][:rows].tolist()
+    } <= short
+    for phase, step in (("base", 8), ("post", 1)):  # as without a curriculum
+        both = [corpus.batch(s, 0, phase, step)[0] for s in (settings, micro())]
+        assert torch.equal(*both)
+    with pytest.raises(ValueError, match="must rise"):
+        micro(curriculum_steps=8, train_pairs=[4, 2])
+
+
+@pytest.mark.parametrize("family", ["gla", "mamba2"])
+def test_only_the_first_forget_gate_of_gla_is_widened(family, cached):
+    bench, job = bench_of(micro(), cached), Job("base", family, 0)
+    wider = build_base(job, bench_of(micro(first_gate_width=4.0), cached)).state_dict()
+    for name, tensor in build_base(job, bench).state_dict().items():
+        factor = 4.0 if "layers.0.attn.gk_proj" in name else 1.0
+        assert torch.equal(wider[name], factor * tensor)
+
+
 def test_labels_of_recall_are_the_answers(cached):
     """Read without the generator: the last value that followed a key is what the label asks for."""
     corpus = load_corpus(micro(), cached, "cpu")
@@ -312,69 +359,3 @@ def test_labels_of_recall_are_the_answers(cached):
         for t in asked:
             earlier = max(i for i in range(t - 1) if tokens[i] == tokens[t - 1])
             assert labels[t] == tokens[t] == tokens[earlier + 1]
-
-
-# ------------------------------------------------------------------------------- plateau, statistics, report
-
-
-def point(step: int, recall: float, loss: float = 3.0) -> dict:
-    return {"step": step, "recall": {"2": recall, "4": recall}, "text_loss": loss}
-
-
-def test_the_plateau_is_learned_and_flat_or_out_of_steps():
-    settings = micro(plateau_window=2, plateau_gain=0.01, plateau_learned=0.5, base_steps=20)
-    flat = [point(5 * i, 0.6) for i in range(4)]
-    assert _plateau(flat, settings) == {"reached": True, "step": 15, "gain": 0.0, "over_steps": 10}
-    assert _plateau([point(5 * i, 0.1) for i in range(4)], settings) is None  # flat, but nothing learned yet
-    assert _plateau([point(5 * i, 0.5 + 0.1 * i) for i in range(4)], settings) is None
-    assert _plateau([*flat[:3], point(20, 0.9)], settings)["reached"] is False
-
-
-def test_intervals_are_students_t():
-    """t(2 degrees, 97.5 %) = 4.303; the standard error of 1, 2, 3 is 1 / sqrt(3)."""
-    three = estimate([1.0, 2.0, 3.0])
-    assert (three.mean, three.n) == (2.0, 3)
-    assert three.half == pytest.approx(4.303 / 3**0.5)
-    assert three.sign == 0
-    assert estimate([5.0]).half is None
-    assert paired({0: 2.0, 1: 3.1, 2: 4.0, 9: 0.0}, {0: 1.0, 1: 2.0, 2: 3.0}).sign == 1
-    assert paired({0: 1.0}, {1: 1.0}) is None
-
-
-def test_recovery_is_from_the_step_that_lasts():
-    curve = [point(0, 0, 9.0), point(5, 0, 3.0), point(10, 0, 3.2), point(20, 0, 3.02), point(30, 0, 2.9)]
-    assert recovered_at(curve, 3.0) == 20
-    assert recovered_at(curve[:3], 3.0) is None
-
-
-def records_of(recalls: dict[str, list[float]], losses: dict[str, float]) -> list[dict]:
-    records = [{"kind": "settings", "fingerprint": "f", "settings": to_dict(micro(first_seeds=2))}]
-    for arm, values in recalls.items():
-        for seed, value in enumerate(values):
-            curve = [point(0, 0.1, 4.0), point(30, value, losses[arm] + 0.001 * seed)]
-            records.append(
-                {"kind": "arm", "fingerprint": "f", "family": "gla", "seed": seed, "arm": arm, "curve": curve}
-            )
-    return records
-
-
-def test_verdicts_follow_the_paired_interval():
-    recalls = {
-        "LPT": [0.40, 0.50, 0.60],
-        "extend": [0.50, 0.61, 0.70],
-        "gla": [0.20, 0.30, 0.41],
-        "merge": [0.3, 0.7, 0.5],
-    }
-    losses = {"LPT": 3.0, "extend": 3.0, "gla": 3.0, "merge": 3.0}
-    result = family_results(records_of(recalls, losses))[0]
-    assert verdicts(result) == {"above": ["extend"], "below": ["gla"], "open": ["merge"]}
-    assert recommended(result) == "extend"
-    # a gain that is paid for in text loss is none
-    seeds = {"LPT": [0.1, 0.2], "extend": [0.3, 0.41]}
-    assert recommended(family_results(records_of(seeds, {"LPT": 3.0, "extend": 3.0}))[0]) is not None
-    assert recommended(family_results(records_of(recalls, {**losses, "extend": 3.4}))[0]) is None
-
-
-def test_an_arm_has_a_name_that_says_all():
-    assert Arm("mamba4", "published", 1).name == "mamba4:published/prop1"
-    assert parse_arm("LPT").mode is None
