@@ -14,7 +14,7 @@ from torch import nn
 
 from models.language_model import Block, LanguageModelConfig
 
-PROBE_TOKENS = 8192
+PROBE_TOKENS = 32768
 WARM_UP_ROUNDS = 3
 TIMED_ROUNDS = 5
 

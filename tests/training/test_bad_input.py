@@ -7,6 +7,7 @@ import pytest
 import train
 from models import build_model
 from tests.training.conftest import run_arguments
+from training.config import parse_arguments
 from training.plan import make_plan
 from training.validate import main as validate
 
@@ -122,7 +123,7 @@ def test_a_second_run_into_the_same_folder_is_told_both_ways_out(start, capsys, 
 def test_resuming_with_another_model_is_refused(start, capsys, tmp_path):
     folder = tmp_path / "other" / "p" / "model" / "r"
     folder.mkdir(parents=True)
-    from training.config import parse_arguments, to_json
+    from training.config import to_json
 
     arguments = change(start, output_dir=tmp_path / "other", resume="auto")
     (folder / "args.json").write_text(json.dumps(to_json(parse_arguments(arguments))))
@@ -177,7 +178,6 @@ def test_the_plan_for_one_gpu_says_what_a_plain_launch_saves():
 
 
 def test_the_plan_counts_what_trains(world, tmp_path):
-    from training.config import parse_arguments
 
     start = run_arguments(world, tmp_path / "out")
     whole = make_plan(parse_arguments([*start, "drop_prop=2"]), 1)
