@@ -44,7 +44,7 @@ class Settings:
     text_share: float = 1.0  # of the source files for training, chosen by name
     recall_share: float = 0.3  # of the training tokens
     recall_pairs: str = "4,8,16,32"  # small ones teach the task, large ones fill the state
-    recall_rounds: int = 1  # how often a document asks for each of its pairs
+    recall_queries: int = 0  # questions of a recall document; 0: as many as it has pairs
     recall_keys: int = N_KEYS  # different keys, and as many values; fewer are learned sooner
     vocabulary_size: int = 4096
 
@@ -60,8 +60,8 @@ class Settings:
             raise ValueError(
                 f"recall_pairs is {self.recall_pairs}: expected numbers from 1 to {self.recall_keys}, as 2,4"
             )
-        if self.recall_rounds < 1:
-            raise ValueError(f"recall_rounds is {self.recall_rounds}: expected at least 1")
+        if self.recall_queries < 0:
+            raise ValueError(f"recall_queries is {self.recall_queries}: expected at least 0")
         smallest = 1 + 2 * self.recall_keys + 256
         if self.vocabulary_size < smallest:
             raise ValueError(
@@ -177,13 +177,14 @@ def _write(work: Path, settings: Settings) -> dict:
 def _recall_documents(settings: Settings, n_tokens: float) -> Iterator[dict]:
     """Recall examples of the mixed sizes, `n_tokens` in all."""
     sizes = [int(size) for size in settings.sizes]
-    keys, rounds = settings.recall_keys, settings.recall_rounds
+    keys = settings.recall_keys
     index = 0
     while n_tokens > 0:
         n_pairs = sizes[index % len(sizes)]
-        example = recall_example(settings.seed, index, n_pairs, n_keys=keys, n_values=keys, rounds=rounds)
+        n_queries = settings.recall_queries or n_pairs
+        example = recall_example(settings.seed, index, n_pairs, n_queries, n_keys=keys, n_values=keys)
         yield {"text": recall_text(example), "meta": {"source": f"recall-{n_pairs}"}}
-        n_tokens -= 2 * (1 + rounds) * n_pairs + 1
+        n_tokens -= 2 * (n_pairs + n_queries) + 1
         index += 1
 
 

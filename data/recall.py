@@ -1,10 +1,15 @@
-"""Associative recall: pairs of a key and a value, then the keys again in another order, each to be answered.
+"""Associative recall: pairs of a key and a value, then keys again, drawn at random, each to be answered.
 
-    <|key_3|><|val_9|><|key_7|><|val_1|> ... <|key_7|><|val_1|><|key_3|><|val_9|>
+    <|key_3|><|val_9|><|key_7|><|val_1|> ... <|key_7|><|val_1|><|key_3|><|val_9|><|key_7|><|val_1|>
 
 Multi-query associative recall (MQAR) of Zoology, arXiv 2312.04927, section 4, without its power-law gaps: a
 model answers as many pairs as its recurrent state holds. As documents of a corpus the plain language-model
 loss trains it. An example is a function of (seed, index) alone, the same on every machine and Python version.
+
+Keys are asked for with replacement. Were each asked for once, in front of the right answer to the one before,
+a model that rules out the values it has just read would be right (1 + 1/2 + ... + 1/n) / n of the time, half
+of the time at 4 pairs, without ever looking at a key. Here what it can do without looking is to guess one of
+the n values: 1/n.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ N_VALUES = 64
 class RecallExample:
     keys: tuple[int, ...]  # distinct, in range(n_keys), one a pair
     values: tuple[int, ...]  # in range(n_values), drawn with replacement
-    queries: tuple[int, ...]  # pair asked for, in order
+    queries: tuple[int, ...]  # pair asked for, in order; drawn with replacement
 
 
 def recall_example(
@@ -31,21 +36,20 @@ def recall_example(
     n_queries: int | None = None,
     n_keys: int = N_KEYS,
     n_values: int = N_VALUES,
-    rounds: int = 1,
 ) -> RecallExample:
-    """Example `index` of a seed; each round asks for all pairs, or `n_queries` of them, in random order."""
+    """Example `index` of a seed, with `n_queries` questions: as many as pairs when None."""
     n_queries = n_pairs if n_queries is None else n_queries
     if not 1 <= n_pairs <= n_keys:
         raise ValueError(
             f"n_pairs is {n_pairs}: expected 1 to {n_keys}, as the keys of an example are distinct"
         )
-    if not 1 <= n_queries <= n_pairs:
-        raise ValueError(f"n_queries is {n_queries}: expected 1 to n_pairs ({n_pairs})")
+    if n_queries < 1:
+        raise ValueError(f"n_queries is {n_queries}: expected at least 1")
     # of the random module only `random()` promises the same numbers in every Python version
     generator = random.Random(f"recall:{seed}:{index}:{n_pairs}")
     keys = _shuffled(range(n_keys), generator)[:n_pairs]
     values = [int(generator.random() * n_values) for _ in keys]
-    queries = [query for _ in range(rounds) for query in _shuffled(range(n_pairs), generator)[:n_queries]]
+    queries = [int(generator.random() * n_pairs) for _ in range(n_queries)]
     return RecallExample(tuple(keys), tuple(values), tuple(queries))
 
 

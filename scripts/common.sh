@@ -57,8 +57,8 @@ find_python() {
 CORPUS=output/quickstart/data
 make_corpus() {
     [ -e "$CORPUS/quickstart.json" ] || echo "$SCRIPT: making a corpus in $CORPUS" >&2
-    "$PYTHON" -m data.quickstart out="$CORPUS" text_share=0.2 recall_share=0.85 recall_pairs=2,4 recall_rounds=2 \
-        recall_keys=32 vocabulary_size=1024 >&2 || exit
+    "$PYTHON" -m data.quickstart out="$CORPUS" text_share=0.2 recall_share=0.85 recall_pairs=4,4,8,16 recall_queries=16 \
+        recall_keys=16 vocabulary_size=1024 >&2 || exit
 }
 
 # The same recipe, small enough for a CPU: a tiny model from random weights on the quickstart's corpus.

@@ -20,8 +20,8 @@ cd "$(dirname "$0")/.." || exit 1
 family=gla
 drop_mode=
 output_dir=output
-base_steps=6000
-post_steps=4000
+base_steps=3000
+post_steps=1000
 SETTINGS="family drop_mode output_dir base_steps post_steps"
 for argument in "$@"; do
     case "${argument#--}" in
@@ -30,8 +30,8 @@ for argument in "$@"; do
     esac
 done
 case "$family" in
-    gla) : "${drop_mode:=gla}" ;;
-    mamba2) : "${drop_mode:=mamba4}" ;;
+    gla) : "${drop_mode:=gla}" && base_lr=3e-3 post_lr=3e-3 ;;
+    mamba2) : "${drop_mode:=mamba4}" && base_lr=1e-2 post_lr=5e-3 ;;
     *) stop "family=$family: gla or mamba2" ;;
 esac
 is_count "$base_steps" && is_count "$post_steps" || stop "base_steps=$base_steps post_steps=$post_steps: 1 or more"
@@ -57,17 +57,13 @@ train() {
 }
 
 echo "quickstart: 1/3 a base model"
-start=
-if [ "$family" = gla ]; then
-    start=$runs/start
-    "$PYTHON" scripts/quickstart_start.py configs/models/gla-quickstart.json "$start" || exit
-fi
-train LPT base "$base_steps" ${start:+ckpt_path="$start"} || exit
+"$PYTHON" scripts/quickstart_start.py "configs/models/$family-quickstart.json" "$runs/start" || exit
+train LPT base "$base_steps" lr=$base_lr ckpt_path="$runs/start" || exit
 
 echo "quickstart: 2/3 LPT and StateX ($drop_mode) from it, side by side; what LPT says goes to $runs/LPT.log"
-train LPT LPT "$post_steps" ckpt_path="$base" >"$runs/LPT.log" 2>&1 &
+train LPT LPT "$post_steps" lr=$post_lr ckpt_path="$base" >"$runs/LPT.log" 2>&1 &
 other=$!
-train StateX "StateX_$drop_mode" "$post_steps" ckpt_path="$base" drop_prop= layers=1 drop_mode="$drop_mode"
+train StateX "StateX_$drop_mode" "$post_steps" lr=$post_lr ckpt_path="$base" drop_prop= layers=1 drop_mode="$drop_mode"
 status=$?
 wait "$other" || { tail -n 20 "$runs/LPT.log" >&2 && exit 1; }
 [ "$status" -eq 0 ] || exit "$status"
@@ -76,7 +72,7 @@ echo "quickstart: 3/3 recall and held-out loss"
 lpt=$runs/LPT/ckpt_$post_steps
 statex=$runs/StateX_$drop_mode/ckpt_$post_steps
 report=$output_dir/quickstart/evaluation_${family}_$drop_mode
-"$PYTHON" -m eval model="$base,$lpt,$statex" tasks=mqar,ppl pairs=2,4,8,16 distances=0 limit=128 \
+"$PYTHON" -m eval model="$base,$lpt,$statex" tasks=mqar,ppl pairs=4,8,12,16 distances=0 limit=128 \
     lengths=512 corpus="$CORPUS/validation" output="$report" || exit
 
 echo

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from .arms import other_props
 from .corpus import load_corpus
 from .jobs import make_choices, open_jobs, waves
 from .pool import Answer, Clock, Pool, make_bench, run_here
@@ -127,8 +128,8 @@ def _plan(settings: Settings) -> int:
     print(f"{settings.name}, fingerprint {settings.fingerprint}; seeds in waves {waves(settings)}")
     for family in settings.families:
         main = len(settings.arms[family])
-        sweep = settings.sweep_best * len([p for p in settings.sweep if p != settings.drop_prop])
-        base = settings.base_steps + settings.base_decay_steps
+        sweep = settings.sweep_best * len(other_props(settings))
+        base = settings.of(family).base_steps + settings.base_decay_steps
         steps = seeds * (base + (main + sweep) * settings.post_steps)
         print(
             f"{family}: {seeds} bases of at most {base} steps, {seeds * (main + sweep)} arms of "

@@ -45,14 +45,19 @@ def main_arms(settings: Settings, family: str) -> list[Arm]:
 def sweep_arms(settings: Settings, best: list[str]) -> list[Arm]:
     """The best arms again with the other drop_prop."""
     arms = [parse_arm(name) for name in best]
-    return [
-        Arm(a.mode, a.reinit, prop) for a in arms for prop in settings.sweep if prop != settings.drop_prop
-    ]
+    return [Arm(a.mode, a.reinit, prop) for a in arms for prop in other_props(settings)]
+
+
+def other_props(settings: Settings) -> list[int]:
+    """What the sweep adds to the drop_prop (or the layers) of all arms."""
+    return [prop for prop in settings.sweep if settings.layers or prop != settings.drop_prop]
 
 
 def expand(model: nn.Module, arm: Arm, settings: Settings, seed: int) -> ExpansionReport | None:
     """Expand `model` in place as the arm says. Raises ValueError for what the family does not know."""
     if arm.mode is None:
         return None
-    prop = arm.drop_prop or settings.drop_prop
-    return expand_state(model, drop_prop=prop, drop_mode=arm.mode, seed=seed, reinit=arm.reinit)
+    which = {"drop_prop": arm.drop_prop or settings.drop_prop}
+    if settings.layers and arm.drop_prop is None:
+        which = {"layers": settings.layers}
+    return expand_state(model, **which, drop_mode=arm.mode, seed=seed, reinit=arm.reinit)

@@ -2,8 +2,9 @@
 
 The text is the quickstart's: sources of the running Python's library, a BPE tokenizer trained on them, some
 files held out. Recall examples are those of data/recall.py; their keys and values are ids of their own behind
-the tokenizer's. A row of recall is packed with examples, as documents are: state is carried from one to the
-next. Of recall only the answers are learned (the keys and values before them cannot be predicted).
+the tokenizer's. A row of recall is one example, read from a fresh state, with questions up to its end: the
+pairs of an earlier example would count as noise. Of recall only the answers are learned (the keys and values
+before them cannot be predicted).
 """
 
 import hashlib
@@ -144,7 +145,7 @@ def _prompt(
 
 
 def _test(settings: Settings, pairs: int, first_id: int, start: int) -> dict:
-    queries = min(pairs, settings.eval_queries)
+    queries = min(_room(settings, pairs), settings.eval_queries)
     rows = [
         _prompt(settings, first_id, start, TEST_SEED, i, pairs, queries) for i in range(settings.eval_rows)
     ]
@@ -176,21 +177,17 @@ def _pool_row_of(task: tuple) -> tuple[list[int], list[int]]:
 
 
 def _pool_row(settings: Settings, first_id: int, start: int, row: int) -> tuple[list[int], list[int]]:
-    """One row of T tokens: examples of one size, filled up with the largest that still fit."""
-    length, sizes = settings.sequence_length, settings.train_pairs
-    pairs, tokens, labels, document = sizes[row % len(sizes)], [], [], 0
-    while pairs:
-        queries = min(pairs, (length - len(tokens) - 1 - 2 * pairs) // 2)
-        index = row * length + document
-        ids, positions, answers = _prompt(settings, first_id, start, POOL_SEED, index, pairs, queries)
-        target = [IGNORED] * len(ids)
-        for position, answer in zip(positions, answers):
-            target[position + 1] = answer
-        tokens += ids
-        labels += target
-        document += 1
-        room = (length - len(tokens) - 1) // 2  # in pairs of tokens
-        if room < pairs + min(pairs, 8):
-            pairs = max((n for n in sizes if 2 * n <= room), default=0)
-    rest = length - len(tokens)
-    return tokens + [start] * rest, labels + [IGNORED] * rest
+    """Tokens and labels of one row: an example of the row's size, with as many questions as fit."""
+    pairs = settings.train_pairs[row % len(settings.train_pairs)]
+    ids, positions, answers = _prompt(
+        settings, first_id, start, POOL_SEED, row, pairs, _room(settings, pairs)
+    )
+    labels = [IGNORED] * settings.sequence_length
+    for position, answer in zip(positions, answers):
+        labels[position + 1] = answer
+    return ids + [start] * (settings.sequence_length - len(ids)), labels
+
+
+def _room(settings: Settings, pairs: int) -> int:
+    """Questions that fit into a row behind its pairs."""
+    return (settings.sequence_length - 1 - 2 * pairs) // 2

@@ -3,7 +3,7 @@ what stands between the two marks, which survives every rebuild."""
 
 import textwrap
 
-from .arms import CONTROL
+from .arms import CONTROL, other_props
 from .settings import Settings
 from .store import Record
 from .summary import SATURATED, FamilyResult, family_results, recommended, verdicts
@@ -45,8 +45,8 @@ def _question() -> str:
             state recall more than the same further training without it (LPT); which way of filling the
             new layer gets there, and how soon; and is it paid for in text loss, speed or memory? The
             published ablation has one run a cell. Here small models answer with several seeds, in a
-            study sized for half an hour on one GPU, to be run again by anyone:
-            `bash scripts/recall_study.sh`."""),
+            study to be run again by anyone: `bash scripts/recall_study.sh` on a GPU,
+            `bash scripts/recall_study.sh config=configs/study/cpu.json` on a CPU."""),
             f"This page is made from the raw records by `{COMMAND}`.",
         ]
     )
@@ -70,7 +70,10 @@ def _existing(groups: list[list[Record]]) -> str:
 def _caution(groups: list[list[Record]]) -> str:
     if not any(r["kind"] == "arm" for records in groups for r in records):
         return "Its tables and figures will stand here."
-    return "What follows is its reduced form on a CPU: it shows the method, and little about real sizes."
+    return (
+        "What follows ran on a CPU: small models with small states, enough seeds to compare arms with each"
+        " other, and nothing that says how large an effect is at 1.3B parameters."
+    )
 
 
 def _existing_line(records: list[Record], result: FamilyResult) -> str:
@@ -109,17 +112,23 @@ def _set_up(s: Settings, results: list[FamilyResult]) -> str:
         f"""Arms: from the same base, {s.post_steps} steps of {s.tokens_per_step:,}
         tokens, the same batches in the same order, {s.warmup_steps} steps of warm-up to {s.post_lr},
         cosine to 0. LPT expands nothing.""",
-        f"""Expanded: every layer i with i % drop_prop == 0,
-        `drop_prop={s.drop_prop}` unless a table says otherwise. {_sweep(s, results)}""",
-        f"""Recall: one test example a row from a fresh state, {_list(s.eval_pairs)} pairs, {s.eval_rows}
-        rows of each, up to {s.eval_queries} questions a row; share of answers that are the most likely
-        token. Mean recall averages over these sizes.""",
+        f"""Expanded: {_expanded(s)} unless a table says otherwise. {_sweep(s, results)}""",
+        f"""Recall: one example a row from a fresh state, its keys asked for with replacement up to the row's
+        end. Tests: {_list(s.eval_pairs)} pairs, {s.eval_rows} rows of each, up to {s.eval_queries} questions
+        a row; share of answers that are the most likely token. A model that guesses one of the values it has
+        read is right once in as many times as there are pairs. Mean recall averages over these sizes.""",
         """Text loss: held-out files, the same rows for every arm. A seed draws the base's weights, the
         expansion's fresh numbers and the order of the data.""",
         """Mean ± half of a 95 % interval over seeds (Student's t); differences to LPT are paired by
         seed, and bold where the interval leaves out 0. No correction for the number of arms.""",
     ]
     return "\n".join(f"{i}. {' '.join(line.split())}" for i, line in enumerate(lines, start=1))
+
+
+def _expanded(s: Settings) -> str:
+    if s.layers:
+        return f"layer {_list(s.layers)} (`layers={','.join(map(str, s.layers))}`)"
+    return f"every layer i with i % drop_prop == 0, `drop_prop={s.drop_prop}`"
 
 
 def _own_lines(s: Settings) -> list[str]:
@@ -136,9 +145,12 @@ def _own_lines(s: Settings) -> list[str]:
             no short convolution here: a first layer with narrow gates can hardly tell the token before
             from all others. What an arm draws afresh is drawn
             as its drop_mode says.""")
+        if mine.embedding_width != 1:
+            lines.append(f"""{name}'s base begins with embeddings that are drawn {mine.embedding_width:g} times
+            as wide: beside them the first layer's output is small, and a token stays recognisable behind it.""")
         rates = [
             f"{key} {getattr(mine, key)}"
-            for key in ("base_lr", "post_lr", "weight_decay")
+            for key in ("base_lr", "post_lr", "weight_decay", "base_steps", "base_min_steps")
             if getattr(mine, key) != getattr(s, key)
         ]
         if rates:
@@ -152,7 +164,7 @@ def _sweep(s: Settings, results: list[FamilyResult]) -> str:
     if not swept:
         return "The sweep of drop_prop has not begun."
     return f"""The arms with the best mean recall over the first seeds ({"; ".join(swept)}) also ran with
-        {_list(tuple(p for p in s.sweep if p != s.drop_prop))}."""
+        drop_prop {_list(tuple(other_props(s)))}."""
 
 
 def _list(numbers: tuple[int, ...]) -> str:

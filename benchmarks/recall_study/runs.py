@@ -169,6 +169,8 @@ def build_base(job: Job, bench: Bench) -> nn.Module:
     config = bench.settings.models[job.family] | {"vocab_size": bench.corpus.vocab_size}
     model = build_model(config, device=bench.device, seed=job.seed).train()
     widen_first_gate(model, bench.settings.first_gate_width)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(bench.settings.embedding_width)
     return model
 
 

@@ -159,6 +159,11 @@ def recommended(result: FamilyResult) -> str | None:
     return max(fair, key=lambda arm: _mean(result.gain(arm)), default=None)
 
 
-def drop_prop_of(result: FamilyResult, arm: str) -> int | None:
-    parsed = parse_arm(arm)
-    return None if parsed.mode is None else parsed.drop_prop or result.settings.drop_prop
+def expanded_of(result: FamilyResult, arm: str) -> str | None:
+    """Which layers an arm expands, in words."""
+    parsed, layers = parse_arm(arm), result.settings.layers
+    if parsed.mode is None:
+        return None
+    if layers and parsed.drop_prop is None:
+        return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+    return f"drop_prop={parsed.drop_prop or result.settings.drop_prop}"

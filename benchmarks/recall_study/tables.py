@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .arms import CONTROL, NOTHING
 from .statistics import Estimate
-from .summary import FamilyResult, drop_prop_of
+from .summary import FamilyResult, expanded_of
 
 NO_VALUE = "-"
 
@@ -29,7 +29,7 @@ def _bold(text: str, value: Estimate | None) -> str:
 
 def end_table(result: FamilyResult) -> str:
     """An arm a row: recall and text loss at the end, and both against the control, paired by seed."""
-    head = ["arm", "drop_prop", "state", "seeds", "mean recall", "over LPT", "text loss", "over LPT"]
+    head = ["arm", "expanded", "state", "seeds", "mean recall", "over LPT", "text loss", "over LPT"]
     rows = [head]
     if result.bases:
         base = next(iter(result.bases.values()))
@@ -52,9 +52,7 @@ def end_table(result: FamilyResult) -> str:
             _bold(number(cost, sign=True), cost),
         ]
         state = f"{next(iter(runs.values()))['state_elements']:,}"
-        rows.append(
-            [f"`{_short(arm)}`", str(drop_prop_of(result, arm) or NO_VALUE), state, str(len(runs)), *shown]
-        )
+        rows.append([f"`{_short(arm)}`", expanded_of(result, arm) or NO_VALUE, state, str(len(runs)), *shown])
     return markdown(rows)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,10 @@ from models import build_model
 MICRO = {
     "families": ["gla"],
     "arms": {"gla": ["LPT", "extend"], "mamba2": ["LPT", "mamba4:published"]},
+    "layers": [],
+    "sweep": [2],
     "sweep_best": 1,
+    "own": {},
     "seeds": [0, 1],
     "first_seeds": 1,
     "sequence_length": 40,
@@ -134,7 +138,7 @@ def test_the_whole_study_and_nothing_twice(command, cached, tmp_path):
     text = page.read_text()
     assert text.count("What a person saw.") == 1
     assert "has not been run yet" in text  # on a GPU
-    assert "| `extend` | 2 |" in text
+    assert "| `extend` | drop_prop=2 |" in text
     for link in ("along", "pairs", "gain"):
         assert list((tmp_path / "docs/results").glob(f"micro-*-gla-{link}.png"))
 
@@ -214,9 +218,12 @@ def test_settings_that_came_later_keep_older_fingerprints():
     """The fingerprint of committed records is the one that their settings, without the later keys, have."""
     records = read_records(REPOSITORY / "benchmarks/recall_study/results/cpu.jsonl")
     assert from_dict(records[0]["settings"]).fingerprint == records[0]["fingerprint"]
-    default = micro(first_gate_width=1.0, curriculum_steps=0, own={})
-    changed = [micro(first_gate_width=4), micro(curriculum_steps=1), micro(own={"gla": {"base_lr": 1e-4}})]
-    assert len({s.fingerprint for s in (micro(), default, *changed)}) == 4
+    default = micro(first_gate_width=1.0, embedding_width=1.0, curriculum_steps=0, own={}, layers=[])
+    changed = [
+        *(micro(first_gate_width=4), micro(embedding_width=4), micro(curriculum_steps=1), micro(layers=[1])),
+        micro(own={"gla": {"base_lr": 1e-4}}),
+    ]
+    assert len({s.fingerprint for s in (micro(), default, *changed)}) == 6
 
 
 def test_a_family_may_have_a_few_settings_of_its_own():
@@ -348,6 +355,42 @@ def test_only_the_first_forget_gate_of_gla_is_widened(family, cached):
     for name, tensor in build_base(job, bench).state_dict().items():
         factor = 4.0 if "layers.0.attn.gk_proj" in name else 1.0
         assert torch.equal(wider[name], factor * tensor)
+
+
+@pytest.mark.parametrize("family", ["gla", "mamba2"])
+def test_embeddings_may_begin_wider(family, cached):
+    bench, job = bench_of(micro(), cached), Job("base", family, 0)
+    plain, wider = (
+        build_base(job, replace(bench, settings=micro(embedding_width=w))).get_input_embeddings().weight
+        for w in (1.0, 3.0)
+    )
+    assert torch.equal(wider, 3.0 * plain)
+
+
+def test_arms_expand_the_layers_that_the_settings_name():
+    """An arm with a drop_prop of its own follows that."""
+    settings = micro(layers=[1], sweep=[1, 2])
+    assert [arm.name for arm in sweep_arms(settings, ["extend"])] == ["extend/prop1", "extend/prop2"]
+    for name, wanted in (("extend", [1]), ("extend/prop1", [0, 1]), ("extend/prop2", [0])):
+        model = build_model(MODELS["gla"] | {"vocab_size": 50}, seed=0)
+        before = [layer["head_k_dim"] for layer in model.config.layers]
+        expand(model, parse_arm(name), settings, seed=0)
+        after = [layer["head_k_dim"] for layer in model.config.layers]
+        assert [i for i in range(2) if after[i] != before[i]] == wanted
+    assert not sweep_arms(micro(drop_prop=2, sweep=[2]), ["extend"])
+
+
+def test_a_row_of_recall_is_one_example_that_fills_it(cached):
+    """So that no earlier pairs are in the state, and no answer can be found by ruling out those before."""
+    settings = micro()
+    corpus = load_corpus(settings, cached, "cpu")
+    for row, labels in enumerate(corpus.pool_labels.tolist()):
+        pairs = settings.train_pairs[row % 2]
+        asked = [t for t, label in enumerate(labels) if label != -100]
+        assert asked == list(range(2 * pairs + 2, 2 * pairs + 2 + 2 * len(asked), 2))
+        assert len(asked) == (settings.sequence_length - 1 - 2 * pairs) // 2 > pairs
+    for test in corpus.tests:
+        assert test.answers.shape == (4, min(settings.eval_queries, (39 - 2 * test.pairs) // 2))
 
 
 def test_labels_of_recall_are_the_answers(cached):

@@ -264,7 +264,7 @@ KNOWN = {
     "passkey": "ef9d2284f3d0daaf0c72a649d9fe99f7",
     "niah_text": "4484a8c1bd6486334e93e799da74ac71",
     "niah_text_multikey": "d980ca63458ee30d6c6a501aef9b49f3",
-    "mqar": "9a7e49885b6ce18cd14d770c40016118",
+    "mqar": "7f513b6ca740e25e17d24d07f40de5fa",
     "icl_topics": "d8fc751977029a432c341ae0af8a41d1",
 }
 
