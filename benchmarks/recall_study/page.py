@@ -146,8 +146,9 @@ def _own_lines(s: Settings) -> list[str]:
             from all others. What an arm draws afresh is drawn
             as its drop_mode says.""")
         if mine.embedding_width != 1:
-            lines.append(f"""{name}'s base begins with embeddings that are drawn {mine.embedding_width:g} times
-            as wide: beside them the first layer's output is small, and a token stays recognisable behind it.""")
+            lines.append(f"""{name}'s base begins with embeddings that are drawn
+            {mine.embedding_width:g} times as wide: beside them the first layer's output is small, and a token
+            stays recognisable behind it.""")
         rates = [
             f"{key} {getattr(mine, key)}"
             for key in ("base_lr", "post_lr", "weight_decay", "base_steps", "base_min_steps")

@@ -29,6 +29,7 @@ MICRO = {
     "layers": [],
     "sweep": [2],
     "sweep_best": 1,
+    "curriculum_steps": 0,
     "own": {},
     "seeds": [0, 1],
     "first_seeds": 1,
