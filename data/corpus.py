@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +60,7 @@ def open_corpus(path: str | Path, text_field: str = "text"):
         raise ValueError(f"corpus {root} does not exist: {EXPECTED}")
     if root.is_dir() and is_token_folder(root):
         return open_token_corpus(root)
-    paths = sorted(root.rglob("*")) if root.is_dir() else [root]
+    paths = sorted(_below(root)) if root.is_dir() else [root]
     base = root if root.is_dir() else root.parent
     files = [_corpus_file(base, entry) for entry in paths if _is_source(base, entry)]
     if not files:
@@ -67,6 +69,15 @@ def open_corpus(path: str | Path, text_field: str = "text"):
     if not any(file.path.stat().st_size for file in files):
         raise ValueError(f"corpus {root} is empty: its {len(files)} file(s) have no bytes; {EXPECTED}")
     return Corpus(root, tuple(sorted(files, key=lambda file: file.name)), text_field)
+
+
+def _below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Every file of a folder; links to folders are followed, since chunks may lie on several disks."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link back to where it lies
+        return
+    for entry in os.scandir(folder):
+        yield from _below(Path(entry), (*above, real)) if entry.is_dir() else [Path(entry)]
 
 
 def _is_source(base: Path, path: Path) -> bool:
