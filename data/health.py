@@ -20,20 +20,28 @@ class BrokenReport:
 
 @dataclass
 class Health:
-    """Lines seen and lines broken; `news` holds the reports that nobody has taken yet."""
+    """Lines read and lines broken; `news` holds the reports that nobody has taken yet.
+
+    A line that is broken in every epoch is one broken line, reported once.
+    """
 
     lines: int = 0
-    broken: int = 0
+    known: set[BrokenReport] = field(default_factory=set)
     news: list[BrokenReport] = field(default_factory=list)
+
+    @property
+    def broken(self) -> int:
+        return len(self.known)
 
     def add(self, lines: int, reports: list[BrokenReport]) -> None:
         self.lines += lines
-        self.broken += len(reports)
-        self.news += reports
-        if self.broken > MAX_BROKEN and self.broken > MAX_BROKEN_SHARE * self.lines:
+        new = [report for report in dict.fromkeys(reports) if report not in self.known]
+        self.known.update(new)
+        self.news += new
+        if new and self.broken > MAX_BROKEN and self.broken > MAX_BROKEN_SHARE * self.lines:
             raise ValueError(
                 f"{self.broken} of the {self.lines} lines read are broken (more than {MAX_BROKEN} and "
-                f"{MAX_BROKEN_SHARE:.1%}), the last: {self.news[-1] if self.news else reports[-1]}. "
+                f"{MAX_BROKEN_SHARE:.1%}), the last: {new[-1]}. "
                 'Each line must be one JSON object {"text": "..."} in UTF-8: repair or remove these files'
             )
 

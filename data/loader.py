@@ -86,7 +86,7 @@ class _MicroBatches(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         try:
             yield from self._batches()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             # the user's to repair: the parent raises it as one line, without this traceback
             yield {"error": str(error)}
 
@@ -241,8 +241,8 @@ class TrainingLoader:
             if state.get(key) != own[key]:
                 raise ValueError(
                     f"the saved data position has {key} {state.get(key)!r}, this run {own[key]!r}: resume "
-                    "with the same "
-                    "corpus, tokenizer, seed and sequences a step, or start a new run"
+                    "with the same corpus (names of its files), tokenizer, seed and n_slots (sequences a "
+                    "step over all GPUs: tokens_per_step / max_len), or start a new run"
                 )
         missing = [slot for slot in own["positions"] if slot not in state["positions"]]
         if missing:

@@ -19,30 +19,32 @@ def check_fills_a_step(
 
     Reads no further than that takes: a large corpus answers after about one step's worth of text.
     """
-    needed, tokens, documents, fed = n_slots * max_len, 0, 0, set()
-    for number, size in _document_sizes(corpus, tokenizer, seed):
+    needed, tokens, documents, fed, health = n_slots * max_len, 0, 0, set(), Health()
+    for number, size in _document_sizes(corpus, tokenizer, seed, health):
         tokens, documents = tokens + size, documents + 1
         fed.add(number % n_slots)
         if tokens >= needed and len(fed) == n_slots:
             return
     if tokens < needed:
+        broken = f" ({health.broken} broken line(s), the last: {health.news[-1]})" if health.broken else ""
         raise ValueError(
-            f"corpus {corpus.root} is too small: it holds {tokens} tokens in {documents} documents, one "
-            "step needs "
-            f"{needed} ({n_slots} sequences of {max_len}). Use a larger corpus, a shorter max_len or fewer "
-            "tokens a step"
+            f"corpus {corpus.root} is too small: it holds {tokens} tokens in {documents} documents{broken}, "
+            f"one step needs {needed} ({n_slots} sequences of {max_len}). Use a larger corpus, a shorter "
+            "max_len or fewer tokens a step"
         )
     raise too_few_documents(min(set(range(n_slots)) - fed), n_slots)
 
 
-def _document_sizes(corpus: Corpus | TokenCorpus, tokenizer, seed: int | None) -> Iterator[tuple[int, int]]:
+def _document_sizes(
+    corpus: Corpus | TokenCorpus, tokenizer, seed: int | None, health: Health
+) -> Iterator[tuple[int, int]]:
     """(number in the first epoch, tokens) of each non-empty document."""
     order = [corpus.files[i] for i in epoch_order([file.name for file in corpus.files], seed, 0)]
     if isinstance(corpus, TokenCorpus):
         documents = (file.document(line) for file in order for line in range(file.lines))
         yield from ((number, tokens.size) for number, tokens in enumerate(documents) if tokens.size)
         return
-    encoder, health = Encoder(tokenizer), Health()
+    encoder = Encoder(tokenizer)
     lines = ((file, line) for file in order for line in read_lines(file.path))
     for number, (file, line) in enumerate(lines):
         try:

@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from data import TrainingLoader, open_corpus
-from data.health import Health
+from data.health import BrokenReport, Health
 from data.lines import BrokenLineError, parse_document, read_lines
 from tests.data.corpora import document, take, write_jsonl
 
@@ -108,12 +108,21 @@ def test_ten_broken_lines_pass_and_eleven_stop(tmp_path, tokenizer):
 def test_one_in_a_thousand_is_the_limit():
     health = Health()
     health.add(19_999, [])
-    reports = [None] * 20
+    reports = [BrokenReport("a", line, "not JSON") for line in range(20)]
     with pytest.raises(ValueError, match="20 of the 19999"):
         health.add(0, reports)
     health = Health()
     health.add(20_000, [])
     health.add(0, reports)
+
+
+def test_a_line_broken_in_every_epoch_is_one_broken_line(tmp_path, tokenizer):
+    corpus_with_broken_lines(tmp_path, 2, 60)
+    reports = []
+    loader = TrainingLoader(tmp_path, tokenizer, max_len=64, n_slots=1, on_broken_line=reports.append)
+    epochs = [batch["positions"][0]["epoch"] for batch in take(loader, 600)]
+    assert epochs[-1] >= 8  # counted anew in each epoch they would be eleven in the sixth
+    assert (len(reports), loader.health.broken) == (2, 2)
 
 
 @pytest.mark.parametrize("content", [None, "folder", "empty file", "other file"])
@@ -127,6 +136,15 @@ def test_missing_or_empty_corpus_says_what_is_expected(tmp_path, content):
         (root / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=rf"{root} .*expected a folder with \*\.jsonl.*chunk"):
         open_corpus(root)
+
+
+def test_chunks_that_are_links_are_read(tmp_path):
+    write_jsonl(tmp_path / "disk" / "b.jsonl", ["x"])
+    root = write_jsonl(tmp_path / "corpus" / "a.jsonl", ["x"]).parent
+    (root / "chunk1").symlink_to(tmp_path / "disk")
+    (root / "chunk2").mkdir()
+    (root / "chunk2" / "back").symlink_to(root)
+    assert [file.name for file in open_corpus(root).files] == ["a", "chunk1/b"]
 
 
 def test_a_file_beside_its_compressed_twin_is_refused(tmp_path):

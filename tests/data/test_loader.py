@@ -213,6 +213,12 @@ def test_one_short_document_cannot_fill_a_step(tokenizer, tmp_path):
         loader(tmp_path, tokenizer)
 
 
+def test_too_small_for_what_is_broken_says_so(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"this is no compressed data")
+    with pytest.raises(ValueError, match=r"too small.*1 broken line.*a:1: does not decompress"):
+        TrainingLoader(tmp_path, tokenizer, max_len=64, n_slots=1)
+
+
 def test_slot_without_a_document_is_an_error_not_a_hang(tokenizer, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["x" * 1000, "", "y" * 1000, "z"])
     with pytest.raises(ValueError, match="slot 1 of 4 found no document"):
@@ -256,6 +262,16 @@ def test_error_in_a_worker_reaches_the_parent_as_one_line(tokenizer, tmp_path):
         file.writelines("broken\n" for _ in range(30))
     with pytest.raises(ValueError, match="lines read are broken") as caught:
         take(loader(tmp_path, tokenizer, num_workers=2, on_broken_line=lambda report: None), 100)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_vanishes_is_one_line_too(tokenizer, tmp_path, num_workers):
+    make_corpus(tmp_path)
+    batches = loader(tmp_path, tokenizer, num_workers=num_workers)
+    (tmp_path / "chunk1" / "part_0.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"No such file.*part_0\.jsonl") as caught:
+        take(batches, 100)
     assert "Traceback" not in str(caught.value)
 
 
