@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ def split_files(folder: Path, split: str) -> list[Path]:
     files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in file.parts)
+        if file.name.endswith(SUFFIXES)
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
     named = [file for file in files if split in file.relative_to(folder).as_posix()]
     return named or ([] if any(_names_a_split(file, folder) for file in files) else files)
@@ -27,26 +29,46 @@ def _names_a_split(file: Path, folder: Path) -> bool:
     return any(split in name for split in ("train", "validation", "test"))
 
 
-def read_rows(folder: Path, split: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows in file order.
+def read_rows(
+    folder: Path, split: str, fields: Sequence[str], lists: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Rows in file order. `fields` hold texts, those of them in `lists` lists of texts.
 
     Raises:
-        ValueError: no file of the split, a row without one of the fields, or a damaged file.
+        ValueError: no file of the split, a row without one of the fields or with something else in it, or a
+            damaged file.
     """
     files = split_files(folder, split)
     if not files:
         raise ValueError(f"{folder} has no file of the split {split!r} ({', '.join(SUFFIXES)}): {DOWNLOAD}")
-    number = 0
     for file in files:
-        for row in _read(file):
-            missing = [field for field in fields if row.get(field) is None]
-            if missing:
+        for number, row in enumerate(_rows(file)):
+            problem = _problem(row, fields, lists)
+            if problem:
                 raise ValueError(
-                    f"{file} row {number}: no field {', '.join(missing)} (it has {', '.join(row)}); "
-                    f"is this the right data set? {DOWNLOAD} brings it"
+                    f"{file} row {number}: {problem}; is this the right data set? {DOWNLOAD} brings it"
                 )
             yield row
-            number += 1
+
+
+def _problem(row: dict[str, Any], fields: Sequence[str], lists: Sequence[str]) -> str | None:
+    missing = [field for field in fields if row.get(field) is None]
+    if missing:
+        return f"no field {', '.join(missing)} (it has {', '.join(map(str, row))})"
+    for field in fields:
+        # a text where a list belongs would be read letter by letter, and every answer be right
+        parts = row[field] if field in lists else [row[field]]
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            wanted = "a list of texts" if field in lists else "a text"
+            return f"field {field} is not {wanted} but {str(row[field])[:60]!r}"
+    return None
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        yield from _read(file)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} cannot be read ({error}); download it again: {DOWNLOAD}") from None
 
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
@@ -54,11 +76,10 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet
 
         try:
-            table = pyarrow.parquet.ParquetFile(file)
-            for batch in table.iter_batches():
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
                 yield from batch.to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{file} cannot be read ({error}); download it again: {DOWNLOAD}") from None
+        except pyarrow.ArrowException as error:
+            raise OSError(error) from None
         return
     with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as handle:
         if file.suffix == ".csv":

@@ -58,18 +58,46 @@ def topic_examples(count: int, draw: random.Random) -> list[tuple[str, str]]:
     return examples
 
 
-def balanced(rows: Sequence[tuple[str, str]], count: int, draw: random.Random) -> list[tuple[str, str]]:
-    """`count` examples in which the labels are as even as the count allows."""
-    by_label: dict[str, list[tuple[str, str]]] = {}
-    for row in sorted(rows, key=lambda _: draw.random()):
-        by_label.setdefault(row[1], []).append(row)
-    labels = sorted(by_label, key=lambda _: draw.random())
-    chosen: list[tuple[str, str]] = []
-    while len(chosen) < count and any(by_label.values()):
-        for label in labels:
-            if by_label[label] and len(chosen) < count:
-                chosen.append(by_label[label].pop())
+def by_label(rows: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(row[1], []).append(row)
+    return groups
+
+
+def balanced(
+    groups: dict[str, list[tuple[str, str]]], count: int, draw: random.Random
+) -> list[tuple[str, str]]:
+    """`count` examples, none twice, in which the labels are as even as the count allows.
+
+    The time it takes depends on `count` alone: it is called for every item, and data sets have 100,000 rows.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    labels = sorted(groups, key=lambda _: draw.random())
+    quota = dict.fromkeys(labels, 0)
+    while (open_places := count - sum(quota.values())) > 0:
+        unused = [label for label in labels if quota[label] < len(groups[label])]
+        if not unused:
+            raise ValueError(f"shots={count}: there are only {sum(quota.values())} examples to show")
+        for label in unused[:open_places]:
+            quota[label] += 1
+    chosen = [
+        groups[label][at] for label in labels for at in distinct(len(groups[label]), quota[label], draw)
+    ]
     return sorted(chosen, key=lambda _: draw.random())
+
+
+def distinct(size: int, count: int, draw: random.Random) -> list[int]:
+    """`count` different numbers below `size`: the first steps of a Fisher-Yates shuffle, on what it moves."""
+    moved: dict[int, int] = {}
+    found = []
+    for first in range(count):
+        at = first + int(draw.random() * (size - first))
+        found.append(moved.get(at, at))
+        moved[at] = moved.get(first, first)
+    return found
 
 
 def build(task: str, settings: Settings, tokenizer: Any) -> Iterator[Item]:
@@ -83,18 +111,25 @@ def build(task: str, settings: Settings, tokenizer: Any) -> Iterator[Item]:
         return
     folder = settings.data / SOURCES[task]
     train, test = (list(_rows(folder, split)) for split in ("train", "test"))
+    groups = by_label(train)
+    # a label of more tokens than may be written could never be right
+    longest = max(len(encode(tokenizer, f" {label}", special=False)) for label in groups)
+    new_tokens = max(NEW_TOKENS, longest + 4)
     order = random.Random(f"{task}:{settings.seed}:test")
     test = sorted(test, key=lambda _: order.random())[:count]
     for shots in settings.shots:
         for index, (question, label) in enumerate(test):
             draw = random.Random(f"{task}:{settings.seed}:{shots}:{index}")
-            examples = balanced(train, shots, draw)
-            yield make_item(task, shots, index, examples, question, label, tokenizer)
+            examples = balanced(groups, shots, draw)
+            yield make_item(task, shots, index, examples, question, label, tokenizer, new_tokens)
 
 
 def _rows(folder: Path, split: str) -> Iterator[tuple[str, str]]:
-    for row in read_rows(folder, split, FIELDS):
-        yield " ".join(str(row["text"]).split()), str(row["label_text"]).strip()
+    for number, row in enumerate(read_rows(folder, split, FIELDS)):
+        label = row["label_text"].strip()
+        if not label:  # silence would be right
+            raise ValueError(f"{folder} row {number} of {split} has an empty label")
+        yield " ".join(row["text"].split()), label
 
 
 def make_item(
@@ -105,6 +140,7 @@ def make_item(
     question: str,
     label: str,
     tokenizer: Any,
+    new_tokens: int = NEW_TOKENS,
 ) -> Item:
     return Item(
         task=task,
@@ -113,7 +149,7 @@ def make_item(
         tokens=encode(tokenizer, write(examples, question)),
         answers=(label,),
         rule="first_line",
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
         stop=("\n",),
         group={"shots": shots},
     )

@@ -116,7 +116,7 @@ def build(task: str, settings: Settings, tokenizer: Any) -> Iterator[Item]:
     source = SOURCES[task.removesuffix(TWICE)]
     for length in settings.recall_lengths:
         folder = settings.data / source.folder.format(length=length)
-        for index, row in enumerate(read_rows(folder, "validation", source.fields)):
+        for index, row in enumerate(read_rows(folder, "validation", source.fields, ("answers",))):
             if settings.limit is not None and index >= settings.limit:
                 break
             yield make_item(task, source.read(row), length, index, tokenizer, folder)

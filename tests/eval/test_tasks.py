@@ -1,6 +1,9 @@
 """Prompts to the letter, needles where they should be, lengths kept, data the same on every machine."""
 
+import gzip
+import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -244,6 +247,36 @@ def test_topics_can_only_be_told_from_the_examples() -> None:
     assert len({tuple(sorted({label for _, label in examples})) for examples in draws}) > 5
 
 
+def test_shown_examples_are_even_over_labels_and_none_comes_twice() -> None:
+    groups = {label: [(f"{label}{i}", label) for i in range(size)] for label, size in (("a", 2), ("b", 50))}
+    for seed in range(30):
+        shown = icl.balanced(groups, 8, random.Random(f"{seed}"))
+        assert len(set(shown)) == 8
+        assert Counter(label for _, label in shown) == {"a": 2, "b": 6}
+    firsts = Counter(icl.distinct(10, 3, random.Random(f"{seed}"))[0] for seed in range(2000))
+    # 200 expected of each; five standard deviations of a binomial are 67
+    assert all(abs(firsts[i] - 200) < 67 for i in range(10))
+    assert sorted(icl.distinct(10, 10, random.Random("all"))) == list(range(10))
+    with pytest.raises(ValueError, match="only 52 examples"):
+        icl.balanced(groups, 60, random.Random("x"))
+
+
+def test_a_long_label_may_be_written_to_its_end(
+    settings: Callable[..., Settings], tokenizer: Any, tmp_path: Path
+) -> None:
+    label = "balance_not_updated_after_cheque_or_cash_deposit"  # of banking77; a byte a token here
+    (tmp_path / "banking77").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "banking77" / f"{split}.jsonl").write_text(
+            "".join(json.dumps({"text": "Why?", "label_text": name}) + "\n" for name in (label, "b"))
+        )
+    for item in items_of("icl_banking77", settings(data=tmp_path, shots="2"), tokenizer):
+        assert item.max_new_tokens > len(label) + 1
+    (tmp_path / "banking77" / "test.jsonl").write_text('{"text": "Why?", "label_text": " "}\n')
+    with pytest.raises(ValueError, match="row 0 of test has an empty label"):
+        items_of("icl_banking77", settings(data=tmp_path, shots="2"), tokenizer)
+
+
 GENERATED = ("passkey", "niah_text", "niah_text_multikey", "mqar", "icl_topics")
 
 
@@ -283,3 +316,40 @@ def test_rows_are_read_from_the_split_of_the_hub_layout(tmp_path: Path) -> None:
     (tmp_path / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(ValueError, match="cannot be read"):
         list(read_rows(tmp_path, "train", ("text",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("validation.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:30], "cannot be read"),
+        ("validation.jsonl.gz", b"no gzip", "cannot be read"),
+        ("validation.jsonl", b"\xff\xfe\x00", "cannot be read"),
+        ("validation.jsonl", b'{"text": "a"}\n{"text": "b', "line 2 is no JSON"),
+        ("validation.csv", b"key\na,one too many\n", "no field text"),
+        ("validation.jsonl", b'{"text": 7}\n', "field text is not a text but '7'"),
+        ("validation.jsonl", b'{"text": ["a", "b"]}\n', "field text is not a text"),
+    ],
+)
+def test_damaged_data_is_an_error_that_names_the_file(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} .*{re.escape(message)}"):
+        list(read_rows(tmp_path, "validation", ("text",)))
+
+
+@pytest.mark.parametrize("answers", ["Lima", {"text": ["Lima"]}, [3]])
+def test_answers_in_another_layout_are_refused(tmp_path: Path, answers: Any) -> None:
+    # a text where a list belongs, read letter by letter: nearly every continuation contains an "a"
+    (tmp_path / "validation.jsonl").write_text(json.dumps({"answers": answers}) + "\n")
+    with pytest.raises(ValueError, match="row 0: field answers is not a list of texts"):
+        list(read_rows(tmp_path, "validation", ("answers",), ("answers",)))
+
+
+def test_data_below_a_hidden_folder_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "based-fda"
+    folder.mkdir(parents=True)
+    (folder / "validation.jsonl").write_text('{"text": "a"}\n')
+    (folder / ".cache").mkdir()  # the Hub's own marks in a downloaded folder
+    (folder / ".cache" / "validation.jsonl").write_text("{")
+    assert list(read_rows(folder, "validation", ("text",))) == [{"text": "a"}]
