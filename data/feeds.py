@@ -47,6 +47,8 @@ class Document:
 
 
 def too_few_documents(slot: int, n_slots: int) -> ValueError:
+    if n_slots == 1:
+        return ValueError("no document with text was found in a whole epoch: its lines are empty or broken")
     return ValueError(
         f"slot {slot} of {n_slots} found no document in a whole epoch (its lines, every {n_slots}th, are "
         f"missing or empty): the corpus needs many more than {n_slots} documents. Use a larger corpus, or "

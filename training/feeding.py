@@ -5,6 +5,7 @@ from typing import Any
 from data import TrainingLoader, ValidationLoader, slots_of_rank
 from data import load_tokenizer as read_tokenizer
 from data.registry import open_dataset
+from training.checkpoint import checkpoints, read_trainer_state
 from training.config import ConfigError, RunConfig
 from training.progress import Console
 from training.rules import slots_per_step
@@ -57,14 +58,17 @@ def build_loader(
             if console is None
             else lambda report: console.say(f"skipped a broken line: {report}"),
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"data_path={config.data_path}: {_one_line(error)}") from None
 
 
 def build_validation(
-    config: RunConfig, tokenizer: Any, rank: int, world_size: int
+    config: RunConfig, tokenizer: Any, rank: int, world_size: int, n_sequences: int | None = None
 ) -> ValidationLoader | None:
     """This rank's share of the held-out sequences; None without validation_data_path.
+
+    Args:
+        n_sequences: instead of val_batches.
 
     Raises:
         ConfigError: nothing to read there.
@@ -76,13 +80,13 @@ def build_validation(
             open_dataset(config.validation_data_name or config.data_name, config.validation_data_path),
             tokenizer,
             max_len=config.max_len,
-            n_sequences=config.val_batches,
+            n_sequences=n_sequences or config.val_batches,
             micro_batch_size=config.batch_size,
             rank=rank,
             world_size=world_size,
             reset_at_documents=config.reset_at_documents,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"validation_data_path={config.validation_data_path}: {_one_line(error)}") from None
 
 
@@ -98,14 +102,22 @@ def check_data(config: RunConfig, world_size: int) -> None:
         )
     tokenizer = load_tokenizer(config)
     check_vocabulary(config, tokenizer)
-    build_loader(config, tokenizer, 0, world_size)
-    if config.validation_data_path is not None:
+    _check_position(config, build_loader(config, tokenizer, 0, world_size))
+    build_validation(config, tokenizer, 0, world_size, n_sequences=1)
+
+
+def _check_position(config: RunConfig, loader: TrainingLoader) -> None:
+    """Where the newest checkpoint stands in the corpus has to mean something to this run."""
+    newest = checkpoints(config.run_dir)[:1] if config.resume == "auto" else []
+    for folder in newest:
         try:
-            open_dataset(config.validation_data_name or config.data_name, config.validation_data_path)
+            position = dict(read_trainer_state(folder)["data"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # damaged: the run will name it and take the one before
+        try:
+            loader.load_state_dict(position)
         except ValueError as error:
-            raise ConfigError(
-                f"validation_data_path={config.validation_data_path}: {_one_line(error)}"
-            ) from None
+            raise ConfigError(f"{folder}: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:

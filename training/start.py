@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from models import build_model, expand_state, load_pretrained
 from models.expansion import freeze_all_but_expanded
 from models.language_model import LanguageModel
 from models.loading import read_config
 from models.ops.matmul import set_products
+from training.checkpoint import checkpoints
 from training.config import REPOSITORY, ConfigError, RunConfig, to_json
 from training.trackers import check_trackers
 
@@ -25,7 +27,7 @@ _WEIGHTS = (
 # its position in the corpus mean
 _FIXED = (
     "model_name", "drop_prop", "layers", "drop_mode", "expand_factor", "freeze_rest", "max_len", "seed",
-    "data_path", "reset_at_documents", "state_passing",
+    "reset_at_documents", "state_passing",
 )  # fmt: skip
 
 
@@ -152,7 +154,20 @@ def check_weights(config: RunConfig) -> None:
         raise ConfigError(f"ckpt_path={folder}: holds no config.json; {hint}")
     if not any((folder / name).is_file() for name in _WEIGHTS):
         raise ConfigError(f"ckpt_path={folder}: holds no weights (model.safetensors); {hint}")
+    for file in sorted(folder.glob("*.safetensors")):
+        _check_whole(file)
     _check_same_shape(config, folder)
+
+
+def _check_whole(file: Path) -> None:
+    """A file cut short shows in its header already; reading all of it is for the run itself."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"ckpt_path={file.parent}: {file.name} cannot be read ({error}); fetch it again"
+        ) from None
 
 
 def _check_same_shape(config: RunConfig, folder: Path) -> None:
@@ -179,25 +194,45 @@ def check_output(config: RunConfig) -> None:
         contradicts it.
     """
     check_trackers(config)
-    existing = config.run_dir
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    try:
+        existing = config.run_dir
+        while not existing.exists():
+            existing = existing.parent
+        problem = None if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK) else "no permission"
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        existing, problem = config.run_dir, error.strerror
+    if problem:
         raise ConfigError(
-            f"output_dir={config.output_dir}: {existing} cannot be written; give another output_dir"
+            f"output_dir={config.output_dir}: {existing} cannot be written ({problem}); give another"
+            " output_dir or run_name"
         )
-    saved = config.run_dir / "args.json"
-    if not saved.is_file():
-        return
-    if config.resume != "auto":
+    before = started_with(config)
+    if config.resume != "auto" and (before is not None or checkpoints(config.run_dir)):
         raise ConfigError(
             f"{config.run_dir} holds a run already; resume=auto goes on with it, another run_name starts"
             " a new one"
         )
-    before = json.loads(saved.read_text(encoding="utf-8"))
-    for key in _FIXED:
+    for key in _FIXED if before is not None else ():
         now, then = to_json(config).get(key), before.get(key)
         if now != then:
             raise ConfigError(
                 f"{key}={now}: {config.run_dir} was started with {key}={then}; use that, or another run_name"
             )
+
+
+def started_with(config: RunConfig) -> dict[str, Any] | None:
+    """The args.json in the run's folder; None where there is none yet.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    saved = config.run_dir / "args.json"
+    if not saved.is_file():
+        return None
+    try:
+        return dict(json.loads(saved.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"{saved} is no readable JSON object; delete it to go on with the arguments given now, or use"
+            " another run_name"
+        ) from None

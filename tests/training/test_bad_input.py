@@ -70,6 +70,15 @@ def test_a_model_folder_without_weights_is_refused(start, capsys, tmp_path, worl
     assert "no weights" in refused(capsys, arguments)
 
 
+def test_a_weight_file_that_was_cut_short_is_refused_before_a_run_is_launched(start, capsys, tmp_path):
+    build_model("configs/models/gla-tiny.json", num_hidden_layers=2).save_pretrained(tmp_path / "weights")
+    weights = tmp_path / "weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    capsys.readouterr()  # transformers' progress bar
+    asked = change(start, init_from="pretrained", ckpt_path=tmp_path / "weights", model_name="mine")
+    assert "model.safetensors cannot be read" in refused(capsys, asked)
+
+
 def test_weights_of_another_shape_than_the_model_name_says_are_refused(start, capsys, tmp_path):
     build_model("configs/models/gla-tiny.json", num_hidden_layers=2).save_pretrained(tmp_path / "weights")
     capsys.readouterr()  # transformers' progress bar
@@ -105,6 +114,20 @@ def test_a_missing_held_out_corpus_is_refused(start, capsys, tmp_path):
     assert "validation_data_path" in refused(capsys, change(start, validation_data_path=tmp_path / "nowhere"))
 
 
+def test_a_held_out_corpus_without_text_is_refused(start, capsys, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    said = refused(capsys, change(start, validation_data_path=tmp_path / "a.jsonl"))
+    assert "validation_data_path" in said
+    assert "no document with text" in said
+
+
+def test_a_run_name_too_long_for_a_folder_is_refused(start, capsys, tmp_path):
+    (tmp_path / "other" / "p" / "model").mkdir(parents=True)
+    said = refused(capsys, change(start, output_dir=tmp_path / "other", run_name="x" * 300))
+    assert "cannot be written" in said
+    assert "run_name" in said
+
+
 def test_an_output_that_is_a_file_is_refused(start, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(capsys, change(start, output_dir=tmp_path / "file"))
@@ -118,6 +141,20 @@ def test_a_second_run_into_the_same_folder_is_told_both_ways_out(start, capsys, 
     assert "resume=auto" in said
     assert "another run_name" in said
     assert list(folder.iterdir()) == [folder / "args.json"]
+
+
+def test_checkpoints_without_args_json_are_a_run_too(start, capsys, tmp_path):
+    (tmp_path / "other" / "p" / "model" / "r" / "ckpt_2").mkdir(parents=True)
+    assert "holds a run already" in refused(capsys, change(start, output_dir=tmp_path / "other"))
+
+
+@pytest.mark.parametrize("content", ["{", "", "[1]"])
+def test_an_args_json_that_is_none_is_named(start, capsys, tmp_path, content):
+    folder = tmp_path / "other" / "p" / "model" / "r"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(content)
+    said = refused(capsys, change(start, output_dir=tmp_path / "other", resume="auto"))
+    assert f"{folder / 'args.json'} is no readable JSON" in said
 
 
 def test_resuming_with_another_model_is_refused(start, capsys, tmp_path):

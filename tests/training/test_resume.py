@@ -3,6 +3,7 @@
 Oracle: the same run without interruption.
 """
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def test_a_run_goes_on_with_another_number_of_processes(world, tmp_path, uninter
     assert list(losses(tmp_path / "p" / "model" / "r").values()) == pytest.approx(
         list(expected.values()), rel=1e-4
     )
+
+
+def test_a_run_goes_on_from_a_compressed_copy_of_its_corpus(world, tmp_path, uninterrupted):
+    arguments = [*run_arguments(world, tmp_path), "resume=auto"]
+    assert launch([*arguments, "stop_at_step=4"]) == [0]
+    (tmp_path / "copy").mkdir()
+    content = (world / "corpus" / "a.jsonl").read_bytes()
+    (tmp_path / "copy" / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    assert launch([*arguments, f"data_path={tmp_path / 'copy'}"]) == [0]
+    assert losses(run_folder(tmp_path)) == uninterrupted("plain", 1)
 
 
 def run_folder(tmp_path: Path) -> Path:
