@@ -1,8 +1,7 @@
 """Post-train a linear RNN, with a larger recurrent state (StateX) or without (LPT).
 
-    python train.py launch=cpu model_name=gla-tiny init_from=scratch train_config=tiny tokenizer=FOLDER
-    data_path=FOLDER accelerate launch --config_file configs/launch/zero1.yaml --num_processes 8 train.py
-    key=value ...
+    accelerate launch --config_file configs/launch/zero1.yaml --num_processes 8 train.py key=value ...
+    python train.py launch=cpu model_name=gla-tiny init_from=scratch train_config=tiny tokenizer=DIR data_path=DIR
 
 Every key stands in training/config.py with its meaning. The story: arguments -> model -> expansion -> data ->
 loop. Exit status: 0 done, 1 the run failed, 2 the arguments are wrong (nothing written), 75 stopped by a
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"error: the disk is full ({error}); free some space, then resume=auto", file=sys.stderr)
         return 1
@@ -71,8 +70,7 @@ def run(config: RunConfig) -> int:
         checkpoint = on_main(distribution, lambda: open_run(config, console))
         seed_everything(config.seed + rank)
 
-        # ------------------------------------------------------------ model, expanded where the run asks for
-        # it
+        # ------------------------------------------------------------ model, expanded where asked for
         model = start_model(config, checkpoint).to(device)
         levels = distribution.broadcast_object(choose_recompute(model, config, world_size, device))
         model.set_recompute(levels)

@@ -85,11 +85,15 @@ def save_checkpoint(
     return target
 
 
-def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Delete old checkpoints, but for the newest `keep_last` and the multiples of `keep_every`."""
+def prune(run_dir: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Delete old checkpoints, but for the newest `keep_last` and the multiples of `keep_every`.
+
+    Those beyond `step`, the one just saved, were refused as damaged when the run went on from before them:
+    they stand in for none that is whole, and are overwritten when the run gets there.
+    """
     if keep_last == 0:
         return
-    for folder in checkpoints(run_dir)[keep_last:]:
+    for folder in [path for path in checkpoints(run_dir) if step_of(path) <= step][keep_last:]:
         if not (keep_every and step_of(folder) % keep_every == 0):
             doomed = folder.with_name(folder.name + ".tmp")
             os.rename(folder, doomed)  # half-deleted must not look like a checkpoint
@@ -161,6 +165,6 @@ def _together(
     whole = (
         f"the last checkpoint, {before[0].name}, is untouched" if before else "there is no earlier checkpoint"
     )
-    full = any(word in failures[0] for word in ("space", "Errno 28"))
+    full = any(word in failures[0] for word in ("No space", "are free", "quota"))
     hint = "; free some space, then resume=auto" if full else ""
     raise RunError(f"{target} could not be written ({failures[0]}); {whole}{hint}")

@@ -37,7 +37,7 @@ def train(run: Run, rounds: int, throughput: Throughput, stop: StopRequest, star
         started: time.perf_counter() when the program started, for the time to the first step.
 
     Returns:
-        whether a signal stopped the run.
+        whether a signal stopped the run before its last step.
 
     Raises:
         RunError: a checkpoint could not be written, or too many steps in a row were not finite.
@@ -52,12 +52,12 @@ def train(run: Run, rounds: int, throughput: Throughput, stop: StopRequest, star
         result = run_step(run, micro_batches, lr, stop)
         count_step(run, result, micro_batches)
         throughput.add(config.max_len * len_of(micro_batches) * run.distribution.world_size, waited)
-        if progress.step == 1 or config.log_interval == 1 or progress.step % config.log_interval == 0:
+        if progress.step in (1, config.last_step) or progress.step % config.log_interval == 0:
             record_step(run, result, lr, throughput)
         run.console.first_step(time.perf_counter() - started)
         stopped = result.stop
-        finish_step(run, throughput, leaving=stopped or progress.step == config.last_step)
-    return stopped
+        finish_step(run, throughput, stopped)
+    return stopped and progress.step < config.last_step
 
 
 def take(batches: Iterator[dict[str, Any]], count: int) -> tuple[list[dict[str, Any]], float]:
@@ -69,8 +69,8 @@ def take(batches: Iterator[dict[str, Any]], count: int) -> tuple[list[dict[str, 
     began = time.perf_counter()
     try:
         taken = [next(batches) for _ in range(count)]
-    except ValueError as error:
-        raise RunError(" ".join(str(error).split())) from None
+    except (ValueError, OSError) as error:
+        raise RunError(f"data_path: {' '.join(str(error).split())}") from None
     return taken, time.perf_counter() - began
 
 
@@ -181,21 +181,31 @@ def record_step(run: Run, result: StepResult, lr: float, throughput: Throughput)
     run.console.advance(progress.step, result.loss)
 
 
-def finish_step(run: Run, throughput: Throughput, leaving: bool) -> None:
+def finish_step(run: Run, throughput: Throughput, stopped: bool) -> None:
     """Validation and checkpoint, where this step asks for them."""
     began = time.perf_counter()
     config, step = run.config, run.progress.step
-    if run.validation and (leaving or (config.val_interval and step % config.val_interval == 0)):
+    last = step == config.last_step
+    if stopped:
+        save(run)  # first of all: who sent the signal may not wait for a validation
+    if run.validation and (last or (config.val_interval and step % config.val_interval == 0)):
         validate(run)
-    if leaving or step % config.save_interval == 0:
-        folder = save_run(run)
-        run.console.say(f"saved {folder} in {duration(time.perf_counter() - began)}")
+    if not stopped and (last or step % config.save_interval == 0):
+        save(run)
     throughput.exclude(time.perf_counter() - began)
+
+
+def save(run: Run) -> None:
+    began = time.perf_counter()
+    folder = save_run(run)
+    run.console.say(f"saved {folder} in {duration(time.perf_counter() - began)}")
 
 
 def validate(run: Run) -> None:
     result = heldout_loss(run.distribution, run.validation, run.config.max_len)
-    far = ", ".join(f"{name}: {loss:.4f}" for name, loss in result["val_loss_by_position"].items())  # type: ignore[attr-defined]
+    positions = result["val_loss_by_position"].items()
+    # held-out text shorter than a sequence reaches no far position
+    far = ", ".join(f"{name}: {loss:.4f}" for name, loss in positions if loss is not None)
     run.console.say(f"step {run.progress.step}: held-out loss {result['val_loss']:.4f} (by position {far})")
     if run.metrics:
         run.metrics.write({"step": run.progress.step, "tokens": run.progress.tokens, **result})

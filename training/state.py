@@ -75,7 +75,7 @@ def save_run(run: Run) -> Path:
     needed = int(1.05 * checkpoint_bytes(run.model)) + 2**20
     folder = save_checkpoint(run.distribution, run.config.run_dir, run.progress.step, writers, needed)
     if run.distribution.is_main:
-        prune(run.config.run_dir, run.config.keep_last, run.config.keep_every)
+        prune(run.config.run_dir, run.progress.step, run.config.keep_last, run.config.keep_every)
     return folder
 
 

@@ -18,6 +18,7 @@ from training.config import REPOSITORY
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["train", "tests.training.launching"])
 SECONDS = 120  # no run of a test takes longer
+GRACE_SECONDS = 30
 
 
 def launch(
@@ -63,10 +64,13 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def _wait(processes: list) -> list[int]:
     deadline = time.monotonic() + SECONDS
+    leaving = False
     while any(process.is_alive() for process in processes):
-        dead = [process for process in processes if process.exitcode not in (None, 0)]
-        if dead or time.monotonic() > deadline:
-            time.sleep(0.0 if dead and dead[0].exitcode == -signal.SIGKILL else 2.0)
+        dead = [process.exitcode for process in processes if process.exitcode not in (None, 0)]
+        if dead and not leaving:
+            # after a failure or a signal the others end by themselves; on a busy machine that takes a while
+            leaving, deadline = True, time.monotonic() + (0 if -signal.SIGKILL in dead else GRACE_SECONDS)
+        if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.02)

@@ -1,8 +1,10 @@
 """What can go wrong while training: full disks, losses that are not finite, a corpus that breaks."""
 
 import json
+import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ import torch
 
 import train
 from tests.training.conftest import run_arguments
-from training.checkpoint import checkpoints
-from training.config import parse_arguments
+from training.checkpoint import checkpoints, prune
+from training.config import RunError, parse_arguments
 from training.distribution import start_distribution
+from training.loop import take
 from training.manifest import problem_of
 from training.optimizer import build_optimizer
+from training.validate import main as validate
 
 
 def run_folder(output: Path) -> Path:
@@ -28,8 +32,6 @@ def records(output: Path) -> list[dict]:
 @pytest.fixture(autouse=True)
 def own_process_state(monkeypatch):
     """Runs inside this process leave no signal handlers, variables or accelerate state behind."""
-    import signal
-
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -69,6 +71,70 @@ def test_a_disk_with_too_little_room_is_seen_before_anything_is_written(world, t
     assert "GB are needed" in said
     assert "there is no earlier checkpoint" in said
     assert checkpoints(run_folder(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "status", "order"), [(3, 75, ["save", "validate"]), (8, 0, ["save", "validate"])]
+)
+def test_a_signal_saves_before_it_validates(world, tmp_path, monkeypatch, step, status, order):
+    """Who sent it may not wait; a run that has done its last step needs no requeue."""
+    import training.loop
+
+    done = []
+    original = training.loop.run_step
+
+    def run_step(run, *rest):
+        if run.progress.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, *rest)
+
+    for name in ("save", "validate"):
+        monkeypatch.setattr(f"training.loop.{name}", lambda run, name=name: done.append(name))
+    monkeypatch.setattr("training.loop.run_step", run_step)
+    held_out = [f"validation_data_path={world / 'corpus'}", f"val_interval={step}", "save_interval=100"]
+    assert train.main([*run_arguments(world, tmp_path), *held_out]) == status
+    assert done == order
+
+
+def test_held_out_text_shorter_than_a_sequence_is_measured_as_far_as_it_goes(world, tmp_path):
+    (tmp_path / "short.jsonl").write_text('{"text": "abcdefg"}\n')
+    held_out = [f"validation_data_path={tmp_path / 'short.jsonl'}", "max_len=64", "stop_at_step=1"]
+    assert train.main([*run_arguments(world, tmp_path), *held_out]) == 0
+    by_position = records(tmp_path)[-1]["val_loss_by_position"]
+    assert by_position["0-15"] > 0
+    assert by_position["32-63"] is None
+
+
+def test_the_last_step_is_recorded_whatever_the_interval(world, tmp_path):
+    assert train.main([*run_arguments(world, tmp_path), "log_interval=5"]) == 0
+    assert [row["step"] for row in records(tmp_path)] == [1, 5, 8]
+
+
+def test_a_corpus_that_cannot_be_read_any_more_ends_the_run_in_one_line():
+    def batches():
+        yield {}
+        raise FileNotFoundError(2, "No such file or directory", "a.jsonl")
+
+    with pytest.raises(RunError, match=r"data_path: .*No such file or directory: 'a\.jsonl'"):
+        take(batches(), 2)
+
+
+def test_a_damaged_newer_checkpoint_takes_no_place_of_a_whole_one(tmp_path):
+    for step in (4, 5, 6):
+        (tmp_path / f"ckpt_{step}").mkdir()
+    prune(tmp_path, step=5, keep_last=1, keep_every=0)  # went on from 4, since 6 was refused
+    assert [path.name for path in checkpoints(tmp_path)] == ["ckpt_6", "ckpt_5"]
+
+
+def test_what_a_continuation_changes_is_said_or_refused_before_it_writes(world, tmp_path, capfd):
+    arguments = run_arguments(world, tmp_path)
+    assert train.main([*arguments, "stop_at_step=2"]) == 0
+    assert validate([*arguments, "resume=auto", "tokens_per_step=256"]) == 2
+    assert "n_slots 4, this run 8" in capfd.readouterr().err
+    assert train.main([*arguments, "resume=auto", "lr=0.5"]) == 0
+    assert "changed since this run was last started: lr 0.01 -> 0.5, stop_at_step 2 -> None" in (
+        capfd.readouterr().out
+    )
 
 
 def break_steps(monkeypatch, steps: set[int], gradient_only: bool = False) -> None:
