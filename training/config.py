@@ -30,9 +30,7 @@ class RunConfig:
 
     # model
     model_name: str = "gla-1.3B"  # a file in configs/models (without .json), or a path to such a file
-    init_from: str = (
-        "pretrained"  # pretrained: weights from ckpt_path; scratch: random weights of model_name's shape
-    )
+    init_from: str = "pretrained"  # pretrained: weights from ckpt_path; scratch: random, model_name's shape
     ckpt_path: str | None = None  # folder of the starting weights
     tokenizer: str | None = None  # tokenizer folder; none: the one in ckpt_path
 
@@ -48,9 +46,7 @@ class RunConfig:
     output_dir: str = "output"  # root of all runs; on a file system that every rank sees
     proj_name: str = "statex"  # first folder below output_dir
     run_name: str | None = None  # folder of this run; none: made from the expansion and train_config
-    train_config: str | None = (
-        None  # JSON file with any of these keys; below the command line, above the defaults
-    )
+    train_config: str | None = None  # JSON file with any of these keys; the command line rules over it
     resume: str = "never"  # never, or auto: go on from the newest complete checkpoint of this run
 
     # data
@@ -98,9 +94,7 @@ class RunConfig:
     log_interval: int = 1  # steps between records
     val_interval: int = 0  # steps between validations; 0: only at the end
     val_batches: int = 16  # sequences of max_len read by a validation, at most
-    report_to: tuple[str, ...] = (
-        "tensorboard",
-    )  # of tensorboard, wandb, swanlab, trackio; none: metrics.jsonl only
+    report_to: tuple[str, ...] = ("tensorboard",)  # also wandb, swanlab, trackio; none: metrics.jsonl only
 
     # instead of training
     plan: bool = False  # print what the run would do and exit
@@ -155,7 +149,9 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
     path = given.get("train_config")
     from_file = {} if path is None or path.lower() in _NONE_WORDS else read_json(path)
     typed = {key: _from_text(key, text) for key, text in given.items()}
-    if "grad_accum_steps" in typed and "tokens_per_step" not in typed:
+    if "grad_accum_steps" in typed:
+        if typed.get("tokens_per_step") is not None:
+            raise ConfigError("grad_accum_steps and tokens_per_step exclude each other; give one of them")
         from_file["tokens_per_step"] = None  # the command line rules over the file
     config = RunConfig(**{**from_file, **typed})
     check_rules(config)
@@ -176,7 +172,7 @@ def read_json(path: str) -> dict[str, object]:
     if not isinstance(values, dict):
         raise ConfigError(f"train_config={path}: {file} must hold a JSON object of key: value pairs")
     for key in values:
-        _require_known(key, where=f" in {file}")
+        require_known(key, where=f" in {file}")
         if key in COMMAND_LINE_ONLY:
             raise ConfigError(f"{key} in {file}: this key belongs on the command line")
     return {key: _from_json(key, value, file) for key, value in values.items()}
@@ -207,14 +203,15 @@ def _split(argument: str) -> tuple[str, str]:
     key = key.strip().replace("-", "_")
     if not equals and not (argument.startswith("--") and _TYPES.get(key) is bool):
         if key in _FIELDS or argument.startswith("--"):
-            _require_known(key)
+            require_known(key)
             raise ConfigError(f"{argument}: give the value as {key}=VALUE")
         raise ConfigError(f"{argument!r} is no key=value argument")
-    _require_known(key)
+    require_known(key)
     return key, text.strip() if equals else "true"
 
 
-def _require_known(key: str, where: str = "") -> None:
+def require_known(key: str, where: str = "") -> None:
+    """Raises ConfigError for a key that there is not, with the one that may be meant."""
     if key not in _FIELDS:
         close = difflib.get_close_matches(key, [*_FIELDS, *_OTHER_NAMES], n=1, cutoff=0.5)
         hint = (

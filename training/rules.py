@@ -86,6 +86,11 @@ def _check_schedule(config: RunConfig) -> None:
         raise ConfigError(f"min_lr={config.min_lr}: must not be above lr={config.lr}")
     if config.n_decay_steps is not None and config.lr_scheduler != "wsd":
         raise ConfigError(f"n_decay_steps={config.n_decay_steps}: only lr_scheduler=wsd has a final decay")
+    span = config.n_train_steps - config.n_warmup_steps
+    if config.lr_scheduler == "cosine_restarts" and 2 * config.n_restarts > span:
+        raise ConfigError(
+            f"n_restarts={config.n_restarts}: a cycle needs two steps, and {span} come after the warm-up"
+        )
     decay = config.n_decay_steps or 0
     if decay + config.n_warmup_steps > config.n_train_steps:
         raise ConfigError(

@@ -72,6 +72,8 @@ def test_a_wrong_argument_names_the_key_and_what_is_allowed(argument, words):
         (["drop_prop=6", "layers=0,1"], "exclude each other"),
         (["init_from=scratch", "ckpt_path=x"], "reads no weights"),
         (["n_decay_steps=5"], "wsd"),
+        (["lr_scheduler=cosine_restarts", "n_train_steps=9", "n_warmup_steps=2"], "7 come after the warm-up"),
+        (["grad_accum_steps=2", "tokens_per_step=131072"], "exclude each other"),
         (["min_lr=1", "lr=0.1"], "min_lr"),
         (["launch=ddp", "grad_comm_dtype=bf16"], "zero1"),
         (["tokens_per_step=131072", "n_gpus=3"], "do not divide"),
