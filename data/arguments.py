@@ -32,13 +32,9 @@ def parse_arguments(arguments: list[str], allowed: dict[str, tuple[Callable, obj
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """A ValueError is the user's to repair: one line, exit status 2."""
+    """A ValueError is the user's to repair: one line, exit status 2. A full disk or the like: status 1."""
     try:
         main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(_stop(error))
-
-
-def _stop(error: ValueError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

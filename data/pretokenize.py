@@ -103,8 +103,8 @@ def _claim(out: Path, settings: dict) -> None:
                     f"{out} was begun with another tokenizer or format: give another out=, or delete it"
                 )
             return
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} holds other files: give a new folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} is a file or holds other files: give a new folder")
     out.mkdir(parents=True, exist_ok=True)
     _write_atomically(out / UNFINISHED, json.dumps(settings).encode())
 

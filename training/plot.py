@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     target = Path(outputs[-1].partition("=")[2]) if outputs else run_dirs[0] / "loss.png"
     try:
         print(plot_losses(run_dirs, target))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -66,6 +66,12 @@ def test_another_tokenizer_is_refused(tokens):
         pretokenize(tokens.parent.parent / "corpus0", tokens, other)
 
 
+def test_an_output_that_is_a_file_is_refused(corpus, tokenizer, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match="is a file or holds other files"):
+        pretokenize(corpus, tmp_path / "out", tokenizer)
+
+
 def test_a_killed_run_goes_on_without_doing_finished_files_again(tokenizer, tmp_path):
     make_corpus(tmp_path / "in")
     out = tmp_path / "out"

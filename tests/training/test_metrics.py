@@ -59,6 +59,8 @@ def test_losses_are_drawn_on_demand(tmp_path, capsys):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert plot([str(tmp_path / "nowhere")]) == 2
     assert "no metrics.jsonl" in capsys.readouterr().err
+    assert plot([str(tmp_path), f"output={tmp_path / 'nowhere' / 'x.png'}"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_held_out_positions_double_up_to_the_length():
