@@ -1,7 +1,7 @@
 """Post-train a linear RNN, with a larger recurrent state (StateX) or without (LPT).
 
     accelerate launch --config_file configs/launch/zero1.yaml --num_processes 8 train.py key=value ...
-    python train.py launch=cpu model_name=gla-tiny init_from=scratch train_config=tiny tokenizer=DIR data_path=DIR
+    python train.py launch=cpu model_name=gla-tiny init_from=scratch train_config=tiny tokenizer=A data_path=B
 
 Every key stands in training/config.py with its meaning. The story: arguments -> model -> expansion -> data ->
 loop. Exit status: 0 done, 1 the run failed, 2 the arguments are wrong (nothing written), 75 stopped by a
