@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .arms import other_props
+from .arms import check_arms, other_props
 from .corpus import load_corpus
 from .jobs import make_choices, open_jobs, waves
 from .pool import Answer, Clock, Pool, make_bench, run_here
@@ -80,6 +80,7 @@ def main(arguments: list[str]) -> int:
     try:
         own, overrides = parse(arguments)
         settings = read_settings(own["config"], overrides)
+        check_arms(settings)
         default = REPOSITORY / "benchmarks/recall_study/results" / f"{settings.name}.jsonl"
         file, work = Path(own["results"] or default), Path(own["work"])
         if own["plan"] == "true":

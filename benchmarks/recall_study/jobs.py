@@ -75,7 +75,7 @@ def make_choices(settings: Settings, store: Store) -> None:
     for family in settings.families:
         if not settings.sweep_best or not settings.sweep or store.newest("choice", family):
             continue
-        names = [arm.name for arm in main_arms(settings, family)]
+        names = [arm.name for arm in main_arms(settings, family) if not arm.where]
         rows = {name: [store.newest("arm", family, seed, name) for seed in seeds] for name in names}
         if all(all(records) for records in rows.values()):
             store.append(_choice(settings, family, rows))

@@ -6,7 +6,7 @@ import textwrap
 from .arms import CONTROL, other_props
 from .settings import Settings
 from .store import Record
-from .summary import SATURATED, FamilyResult, family_results, recommended, verdicts
+from .summary import SATURATED, FamilyResult, family_results, recommended, settings_of, verdicts
 from .tables import along_table, base_table, cost_table, end_table, number, pairs_table
 
 BEGIN, END = "<!-- written by hand, kept by the report -->", "<!-- end of what is written by hand -->"
@@ -90,7 +90,7 @@ def _existing_line(records: list[Record], result: FamilyResult) -> str:
 
 
 def _group(records: list[Record], results: list[FamilyResult], pictures: dict) -> str:
-    settings, fingerprint = results[0].settings, records[0]["fingerprint"]
+    settings, fingerprint = settings_of(records), records[0]["fingerprint"]
     parts = [f"## `configs/study/{settings.name}.json`", _set_up(settings, results)]
     for result in results:
         parts.append(_family(result, pictures.get((fingerprint, result.family), [])))
@@ -112,7 +112,7 @@ def _set_up(s: Settings, results: list[FamilyResult]) -> str:
         f"""Arms: from the same base, {s.post_steps} steps of {s.tokens_per_step:,}
         tokens, the same batches in the same order, {s.warmup_steps} steps of warm-up to {s.post_lr},
         cosine to 0. LPT expands nothing.""",
-        f"""Expanded: {_expanded(s)} unless a table says otherwise. {_sweep(s, results)}""",
+        f"""Expanded: {_expanded(s)}, unless a table says otherwise. {_sweep(s, results)}""",
         f"""Recall: one example a row from a fresh state, its keys asked for with replacement up to the row's
         end. Tests: {_list(s.eval_pairs)} pairs, {s.eval_rows} rows of each, up to {s.eval_queries} questions
         a row; share of answers that are the most likely token. A model that guesses one of the values it has
@@ -126,6 +126,15 @@ def _set_up(s: Settings, results: list[FamilyResult]) -> str:
 
 
 def _expanded(s: Settings) -> str:
+    which = {_selected(s.of(family)): [] for family in s.families}
+    for family in s.families:
+        which[_selected(s.of(family))].append(FAMILY_NAMES.get(family, family))
+    if len(which) == 1:
+        return next(iter(which))
+    return "; ".join(f"{' and '.join(names)} {layers}" for layers, names in which.items())
+
+
+def _selected(s: Settings) -> str:
     if s.layers:
         return f"layer {_list(s.layers)} (`layers={','.join(map(str, s.layers))}`)"
     return f"every layer i with i % drop_prop == 0, `drop_prop={s.drop_prop}`"

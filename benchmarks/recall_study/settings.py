@@ -33,7 +33,7 @@ EXECUTION = (
 ADDED = {"layers": (), "first_gate_width": 1.0, "embedding_width": 1.0, "curriculum_steps": 0, "own": {}}
 OWN = (
     *("base_lr", "post_lr", "weight_decay", "base_steps", "base_min_steps"),
-    *("first_gate_width", "embedding_width", "curriculum_steps"),
+    *("first_gate_width", "embedding_width", "curriculum_steps", "layers"),
 )
 # of the task, where no key says it: part of every fingerprint
 TASK = "an example a row, keys asked for with replacement"
@@ -83,7 +83,7 @@ class Settings:
 
     weight_decay: float = 0.1
     grad_clip: float = 1.0
-    layers: tuple[int, ...] = ()  # the ones to expand; arms with a drop_prop of their own follow that
+    layers: tuple[int, ...] = ()  # the ones to expand, but for arms that name theirs
     first_gate_width: float = (
         1.0  # GLA: both forget-gate matrices of a base's first layer begin this much wider
     )

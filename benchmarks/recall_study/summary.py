@@ -21,7 +21,7 @@ class FamilyResult:
     """Finished runs of one family. `arms` has the control first, then the order of the configuration."""
 
     family: str
-    settings: Settings
+    settings: Settings  # with what the family has of its own
     bases: Runs
     arms: dict[str, Runs]
     costs: dict[str, Record]
@@ -111,9 +111,13 @@ def _first_lasting(steps: list[int], holds: Callable[[int], bool]) -> int | None
     return first
 
 
+def settings_of(records: list[Record]) -> Settings:
+    return from_dict(next(r["settings"] for r in records if r["kind"] == "settings"))
+
+
 def family_results(records: list[Record]) -> list[FamilyResult]:
     """Results of one fingerprint's records; families without any arm are left out."""
-    settings = from_dict(next(r["settings"] for r in records if r["kind"] == "settings"))
+    settings = settings_of(records)
     families = sorted({r["family"] for r in records if r["kind"] == "arm"})
     return [_family(settings, family, records) for family in families]
 
@@ -131,7 +135,7 @@ def _family(settings: Settings, family: str, records: list[Record]) -> FamilyRes
     ordered = {name: arms[name] for name in order if name in arms}
     return FamilyResult(
         family=family,
-        settings=settings,
+        settings=settings.of(family),
         bases={r["seed"]: r for r in mine if r["kind"] == "base"},
         arms=ordered | {name: runs for name, runs in sorted(arms.items()) if name not in ordered},
         costs={r["arm"]: r for r in mine if r["kind"] == "cost"},
@@ -152,7 +156,7 @@ def verdicts(result: FamilyResult) -> dict[str, list[str]]:
 def recommended(result: FamilyResult) -> str | None:
     """The arm with the largest gain among those above the control whose text loss is not shown to be worse.
 
-    Arms with a drop_prop of their own compete too.
+    Arms with layers of their own compete too.
     """
     above = verdicts(result)["above"]
     fair = [arm for arm in above if (cost := result.text_cost(arm)) is None or cost.sign <= 0]
@@ -161,9 +165,11 @@ def recommended(result: FamilyResult) -> str | None:
 
 def expanded_of(result: FamilyResult, arm: str) -> str | None:
     """Which layers an arm expands, in words."""
-    parsed, layers = parse_arm(arm), result.settings.layers
+    parsed = parse_arm(arm)
     if parsed.mode is None:
         return None
-    if layers and parsed.drop_prop is None:
-        return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-    return f"drop_prop={parsed.drop_prop or result.settings.drop_prop}"
+    which = parsed.selection(result.settings)
+    if "drop_prop" in which:
+        return f"drop_prop={which['drop_prop']}"
+    layers = which["layers"]
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"

@@ -57,7 +57,7 @@ def end_table(result: FamilyResult) -> str:
 
 
 def _short(arm: str) -> str:
-    return arm.partition("/prop")[0]
+    return arm.partition("/")[0]
 
 
 def pairs_table(result: FamilyResult) -> str:

@@ -280,7 +280,13 @@ def test_further_seeds_wait_for_the_first(tmp_path):
     assert open_jobs(settings, store, tmp_path, failed) == [second]
 
 
-@pytest.mark.parametrize("argument", ["sedes=1", "workers=many", "train_pairs=500", "nonsense", "config=/no"])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("sedes=1", "workers=many", "train_pairs=500", "nonsense", "config=/no"),
+        *("arms.gla=LPT,extent", "arms.gla=extend/layer2", "arms.gla=mamba4"),
+    ],
+)
 def test_bad_arguments_are_one_line_and_status_2(argument, command, capsys):
     assert main([*command, argument]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -294,7 +300,7 @@ def test_bad_arguments_are_one_line_and_status_2(argument, command, capsys):
 def test_every_arm_can_be_built_at_sizes_that_kernels_take(name, family):
     settings = read_settings(f"configs/study/{name}.json")
     arms = main_arms(settings, family)
-    arms += sweep_arms(settings, [arm.name for arm in arms if arm.mode])
+    arms += sweep_arms(settings, [arm.name for arm in arms if arm.mode and not arm.where])
     assert len({arm.name for arm in arms}) == len(arms)
     for arm in arms:
         assert parse_arm(arm.name) == arm
@@ -369,16 +375,26 @@ def test_embeddings_may_begin_wider(family, cached):
 
 
 def test_arms_expand_the_layers_that_the_settings_name():
-    """An arm with a drop_prop of its own follows that."""
-    settings = micro(layers=[1], sweep=[1, 2])
+    """An arm with a drop_prop or a layer of its own follows that; a family may have its own layers."""
+    settings = micro(own={"gla": {"layers": [1]}}, sweep=[1, 2]).of("gla")
+    assert settings.layers == (1,)
     assert [arm.name for arm in sweep_arms(settings, ["extend"])] == ["extend/prop1", "extend/prop2"]
-    for name, wanted in (("extend", [1]), ("extend/prop1", [0, 1]), ("extend/prop2", [0])):
+    wanted_layers = {"extend": [1], "extend/prop1": [0, 1], "extend/prop2": [0], "extend/layer0": [0]}
+    for name, wanted in wanted_layers.items():
         model = build_model(MODELS["gla"] | {"vocab_size": 50}, seed=0)
         before = [layer["head_k_dim"] for layer in model.config.layers]
         expand(model, parse_arm(name), settings, seed=0)
         after = [layer["head_k_dim"] for layer in model.config.layers]
         assert [i for i in range(2) if after[i] != before[i]] == wanted
     assert not sweep_arms(micro(drop_prop=2, sweep=[2]), ["extend"])
+
+
+@pytest.mark.parametrize(
+    "name", ["extend/", "extend/prop", "extend/layerx", "extend/2", "mamba4:published/1"]
+)
+def test_arms_that_cannot_be_read_are_refused(name):
+    with pytest.raises(ValueError, match="MODE/propN or MODE/layerN"):
+        parse_arm(name)
 
 
 def test_a_row_of_recall_is_one_example_that_fills_it(cached):
