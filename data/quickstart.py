@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.arguments import REQUIRED, parse_arguments, run_command
-from data.recall import N_KEYS, recall_example, recall_text, recall_tokens
+from data.recall import N_KEYS, N_VALUES, recall_example, recall_text, recall_tokens
 
 END_OF_TEXT = "<|endoftext|>"
 MANIFEST = "quickstart.json"
@@ -45,7 +45,8 @@ class Settings:
     recall_share: float = 0.3  # of the training tokens
     recall_pairs: str = "4,8,16,32"  # small ones teach the task, large ones fill the state
     recall_queries: int = 0  # questions of a recall document; 0: as many as it has pairs
-    recall_keys: int = N_KEYS  # different keys, and as many values; fewer are learned sooner
+    recall_keys: int = N_KEYS  # different keys; fewer are learned sooner
+    recall_values: int = N_VALUES  # different values; where several keys share one, guessing is no help
     vocabulary_size: int = 4096
 
     def check(self) -> None:
@@ -56,13 +57,15 @@ class Settings:
             raise ValueError(f"recall_share is {self.recall_share}: expected 0 up to below 1")
         if not 1 <= self.recall_keys <= N_KEYS:
             raise ValueError(f"recall_keys is {self.recall_keys}: expected 1 to {N_KEYS}")
+        if not 1 <= self.recall_values <= N_VALUES:
+            raise ValueError(f"recall_values is {self.recall_values}: expected 1 to {N_VALUES}")
         if not all(part.isdecimal() and 1 <= int(part) <= self.recall_keys for part in self.sizes):
             raise ValueError(
                 f"recall_pairs is {self.recall_pairs}: expected numbers from 1 to {self.recall_keys}, as 2,4"
             )
         if self.recall_queries < 0:
             raise ValueError(f"recall_queries is {self.recall_queries}: expected at least 0")
-        smallest = 1 + 2 * self.recall_keys + 256
+        smallest = 1 + self.recall_keys + self.recall_values + 256
         if self.vocabulary_size < smallest:
             raise ValueError(
                 f"vocabulary_size is {self.vocabulary_size}: expected at least {smallest} (bytes and recall"
@@ -153,7 +156,8 @@ def _write(work: Path, settings: Settings) -> dict:
     train = {name: text for name, text in texts.items() if not is_validation(name)}
     train = {name: text for name, text in train.items() if _lot(name, 1) < settings.text_share}
     validation = {name: text for name, text in texts.items() if is_validation(name)}
-    tokenizer = train_tokenizer(list(train.values()), settings.vocabulary_size, settings.recall_keys)
+    known = recall_tokens(settings.recall_keys, settings.recall_values)
+    tokenizer = train_tokenizer(list(train.values()), settings.vocabulary_size, known)
     tokenizer.save_pretrained(work / "tokenizer")
     n_text_tokens = sum(len(ids) for ids in tokenizer(list(train.values()), verbose=False)["input_ids"])
     documents = [{"text": text, "meta": {"source": name}} for name, text in train.items()]
@@ -177,19 +181,19 @@ def _write(work: Path, settings: Settings) -> dict:
 def _recall_documents(settings: Settings, n_tokens: float) -> Iterator[dict]:
     """Recall examples of the mixed sizes, `n_tokens` in all."""
     sizes = [int(size) for size in settings.sizes]
-    keys = settings.recall_keys
+    kinds = {"n_keys": settings.recall_keys, "n_values": settings.recall_values}
     index = 0
     while n_tokens > 0:
         n_pairs = sizes[index % len(sizes)]
         n_queries = settings.recall_queries or n_pairs
-        example = recall_example(settings.seed, index, n_pairs, n_queries, n_keys=keys, n_values=keys)
+        example = recall_example(settings.seed, index, n_pairs, n_queries, **kinds)
         yield {"text": recall_text(example), "meta": {"source": f"recall-{n_pairs}"}}
         n_tokens -= 2 * (n_pairs + n_queries) + 1
         index += 1
 
 
-def train_tokenizer(texts: list[str], vocabulary_size: int, recall_keys: int = N_KEYS):
-    """A byte-level BPE tokenizer with end-of-text as token 0 and the recall tokens next."""
+def train_tokenizer(texts: list[str], vocabulary_size: int, known: list[str] | None = None):
+    """A byte-level BPE tokenizer: end-of-text is token 0, then the `known` ones (None: those of recall)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -198,7 +202,7 @@ def train_tokenizer(texts: list[str], vocabulary_size: int, recall_keys: int = N
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=[END_OF_TEXT, *recall_tokens(recall_keys, recall_keys)],
+        special_tokens=[END_OF_TEXT, *(recall_tokens() if known is None else known)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -56,7 +56,7 @@ def _words(tokenizer: Any) -> list[int]:
 
 def build(task: str, settings: Settings, tokenizer: Any) -> Iterator[Item]:
     known = alphabet(tokenizer)
-    room = min(len(known.keys), len(known.values))
+    room = len(known.keys)  # of values there may be fewer: several keys may have the same one
     if max(settings.pairs) > room:
         raise ValueError(f"pairs={max(settings.pairs)}: this tokenizer has keys for {room} pairs at most")
     for pairs in settings.pairs:
