@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .blocks import GatedMLP, RMSNorm, assign
 from .cache import LayerState
-from .config import LanguageModelConfig
+from .config import LanguageModelConfig, check_value
 from .draw import Draw
 from .families import Family, register_family
 from .language_model import Block, LanguageModel
@@ -79,12 +79,13 @@ class GLAConfig(LanguageModelConfig):
             )
         if self.intermediate_size is None:
             self.intermediate_size = -(-int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3) // 256) * 256
+            check_value("GLAConfig: intermediate_size (from hidden_ratio)", self.intermediate_size, int)
         for name, expand in (("expand_k", self.expand_k), ("expand_v", self.expand_v)):
             width = round(self.hidden_size * expand)
-            if width != self.hidden_size * expand or self.num_heads < 1 or width % self.num_heads:
+            if width != self.hidden_size * expand or width < 1 or width % self.num_heads:
                 raise ValueError(
-                    f"GLAConfig: hidden_size={self.hidden_size} * {name}={expand} must be a multiple of "
-                    f"num_heads={self.num_heads}"
+                    f"GLAConfig: hidden_size={self.hidden_size} * {name}={expand} must be a positive "
+                    f"multiple of num_heads={self.num_heads}"
                 )
 
     def uniform_shape(self) -> GLALayerShape:

@@ -83,8 +83,13 @@ class Mamba2Config(LanguageModelConfig):
                 f"Mamba2Config: hidden_size * expand = {inner} must equal num_heads * head_dim = "
                 f"{self.num_heads} * {self.head_dim}"
             )
-        if self.n_groups < 1 or self.num_heads % self.n_groups:
+        if self.num_heads % self.n_groups:
             raise ValueError(f"Mamba2Config: n_groups={self.n_groups} must divide num_heads={self.num_heads}")
+        if not 0 < self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                f"Mamba2Config: time_step_min={self.time_step_min} must be above 0 and at most "
+                f"time_step_max={self.time_step_max}"
+            )
 
     def uniform_shape(self) -> Mamba2LayerShape:
         return Mamba2LayerShape(self.state_size)

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .config import check_value
+
 PUBLISHED_FIELDS = (
     *(
         "vocab_size",
@@ -42,14 +44,19 @@ def read_original_config(raw: dict[str, Any]) -> dict[str, Any]:
     """The config.json of state-spaces/mamba2-*, with mamba_ssm's defaults where it is silent.
 
     Raises:
-        ValueError: names the field that asks for something else than plain Mamba2 layers.
+        ValueError: names the field that is no size, or asks for something else than plain Mamba2 layers.
     """
-    ssm = dict(raw.get("ssm_cfg") or {})
+    ssm = raw.get("ssm_cfg") or {}
+    check_value("Mamba2: ssm_cfg", ssm, dict)
     d_model, expand, head_dim = raw["d_model"], ssm.get("expand", 2), ssm.get("headdim", 64)
+    vocab_size, multiple = raw.get("vocab_size", 50277), raw.get("pad_vocab_size_multiple", 8)
+    sizes = {"d_model": d_model, "vocab_size": vocab_size, "pad_vocab_size_multiple": multiple}
+    for name, value in (sizes | {"ssm_cfg.expand": expand, "ssm_cfg.headdim": head_dim}).items():
+        check_value(f"Mamba2: {name}", value, int)
     needed = {
         "ssm_cfg.layer": (ssm.get("layer", "Mamba1"), "Mamba2"),
         "d_intermediate": (raw.get("d_intermediate", 0), 0),
-        "attn_layer_idx": (list(raw.get("attn_layer_idx") or []), []),
+        "attn_layer_idx": (raw.get("attn_layer_idx") or [], []),
         "rms_norm": (raw.get("rms_norm", True), True),
         "ssm_cfg.rmsnorm": (ssm.get("rmsnorm", True), True),
         "ssm_cfg.norm_before_gate": (ssm.get("norm_before_gate", False), False),
@@ -59,9 +66,8 @@ def read_original_config(raw: dict[str, Any]) -> dict[str, Any]:
     for name, (value, supported) in needed.items():
         if value != supported:
             raise ValueError(f"Mamba2: {name}={value!r} is not supported; expected {supported!r}")
-    multiple = raw.get("pad_vocab_size_multiple", 8)
     return {
-        "vocab_size": -(-raw["vocab_size"] // multiple) * multiple,
+        "vocab_size": -(-vocab_size // multiple) * multiple,
         "hidden_size": d_model,
         "num_hidden_layers": raw["n_layer"],
         "num_heads": expand * d_model // head_dim,

@@ -98,6 +98,46 @@ def test_a_shape_that_cannot_be_is_refused(field):
         GLAConfig(**{"hidden_size": 64, "num_heads": 2, field: 0})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_heads", "2"),
+        ("num_heads", True),
+        ("num_heads", None),
+        ("hidden_size", 64.0),
+        ("intermediate_size", -5),
+        ("hidden_ratio", -4),
+        ("expand_k", None),
+        ("expand_k", 0),
+        ("expand_v", -1.0),
+        ("norm_eps", "small"),
+        ("norm_eps", -1e-6),
+        ("clamp_min", "low"),
+        ("tie_word_embeddings", "no"),
+    ],
+)
+def test_a_field_of_another_type_or_sign_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        GLAConfig(**{"hidden_size": 64, "num_heads": 2, field: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("head_k_dim", "8"), ("head_k_dim", -8), ("query_scale", None), ("state_map", 0), ("drop_mode", 3)],
+)
+def test_an_entry_of_layers_must_be_a_shape(key, value):
+    layers = GLAConfig(hidden_size=64, num_heads=2, num_hidden_layers=2).layers
+    layers[1][key] = value
+    with pytest.raises(ValueError, match=rf"layers\[1\]\.{key}={value!r} must be"):
+        GLAConfig(hidden_size=64, num_heads=2, num_hidden_layers=2, layers=layers)
+
+
+@pytest.mark.parametrize("entry", [None, 3, [1, 2], {1: 2, "a": 3}])
+def test_an_entry_of_layers_that_is_no_shape_at_all_is_shown(entry):
+    with pytest.raises(ValueError, match=r"layers\[0\] .*expected a dict with"):
+        GLAConfig(hidden_size=64, num_heads=2, num_hidden_layers=1, layers=[entry])
+
+
 def test_layers_must_describe_every_layer_with_known_keys():
     good = GLAConfig(hidden_size=64, num_heads=2, num_hidden_layers=2)
     with pytest.raises(ValueError, match="num_hidden_layers=2, but layers describes 1"):

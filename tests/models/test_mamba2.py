@@ -138,6 +138,46 @@ def test_a_shape_that_cannot_be_is_refused(field, change):
         Mamba2Config(**BASE | change)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_heads", "4"),
+        ("head_dim", None),
+        ("state_size", 0),
+        ("conv_kernel", -1),
+        ("chunk_size", 0),
+        ("expand", "2"),
+        ("time_step_min", 0),
+        ("time_step_min", 0.5),
+        ("use_bias", "no"),
+    ],
+)
+def test_a_field_of_another_type_or_range_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        Mamba2Config(**BASE | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("d_model", {"d_model": "64"}),
+        ("vocab_size", {"vocab_size": None}),
+        ("pad_vocab_size_multiple", {"pad_vocab_size_multiple": 0}),
+        ("ssm_cfg", {"ssm_cfg": "Mamba2"}),
+        ("ssm_cfg.headdim", {"ssm_cfg": {"layer": "Mamba2", "headdim": 0}}),
+        ("attn_layer_idx", {"attn_layer_idx": 3}),
+    ],
+)
+def test_an_original_field_that_is_no_size_is_refused_by_name(field, change):
+    with pytest.raises(ValueError, match=field):
+        read_config(ORIGINAL | change)
+
+
+def test_an_original_config_without_a_vocabulary_has_the_authors_default():
+    silent = {name: value for name, value in ORIGINAL.items() if name != "vocab_size"}
+    assert read_config(silent).vocab_size == 50288  # 50277, padded to a multiple of 16
+
+
 def test_initialisation_is_the_authors_and_ignores_the_initializer_range():
     model = build_model({"model_type": "mamba2", **BASE, "num_hidden_layers": 4, "initializer_range": 9.0})
     for block in model.blocks:
