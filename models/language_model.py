@@ -78,6 +78,10 @@ class Trunk(nn.Module):
         streams: list[Tensor] | None,
     ) -> Tensor:
         """Residual stream [B, T, D] through all blocks; the input of each is appended to `streams`."""
+        if packing is not None and not len(packing.rows):  # padding alone: no state changes, nothing is read
+            if streams is not None:
+                streams += [x] * len(self.layers)
+            return x
         states = []
         for index, block in enumerate(self.layers):
             if streams is not None:
@@ -166,8 +170,11 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """What the backward pass computes again instead of keeping it, for all layers or one by one.
 
         Args:
-            levels: `none`; `mixer`, the token mixer with the norm in front of it; `mlp`, likewise the MLP;
-                `full`, the whole layer. Layers without an MLP know none and full. A list: one level a layer.
+            levels: `none`, `full` (the whole layer), or one of those between that the family's block has and
+                describes (`recompute_levels`). A list: one level a layer.
+
+        Raises:
+            ValueError: a level that the layers do not have, or a list of another length.
         """
         levels = [levels] * len(self.blocks) if isinstance(levels, str) else list(levels)
         if len(levels) != len(self.blocks):
@@ -211,7 +218,8 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T]; or inputs_embeds [B, T, D] instead.
             attention_mask: [B, T] (or longer, then its last T columns count), 0 for padding, which may be
-                anywhere: it touches neither state nor convolution.
+                anywhere: it touches neither state nor convolution. All of a piece read with past_key_values
+                may be padding.
             labels: [B, T], shifted inside: position t predicts labels[t + 1]; -100 is skipped.
             past_key_values: carried state; an empty `RecurrentCache()` begins one. Updated with use_cache.
             use_cache: None is on with past_key_values, off in training and with labels, else as configured.
@@ -225,12 +233,11 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: inputs that do not fit together.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+        _check_inputs(input_ids, inputs_embeds, logits_to_keep)
         x = self.trunk.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
         cache, update = self._cache(past_key_values, use_cache, batch, labels)
-        packing = _packing(attention_mask, cu_seqlens, x)
+        packing = _packing(attention_mask, cu_seqlens, x, goes_on=past_key_values is not None)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         streams = [] if keep else None
         plain = packing is None and labels is None and not keep and not isinstance(logits_to_keep, Tensor)
@@ -354,6 +361,25 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)))
 
 
+def _check_inputs(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep: int | Tensor
+) -> None:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    name, given, wanted = "input_ids", input_ids, "[B, T]"
+    if given is None:
+        name, given, wanted = "inputs_embeds", inputs_embeds, "[B, T, D]"
+    if given.dim() != wanted.count(",") + 1 or given.shape[1] == 0:
+        raise ValueError(f"{name} must be {wanted} with at least one token; got {list(given.shape)}")
+    if not isinstance(logits_to_keep, Tensor) and not (
+        isinstance(logits_to_keep, int) and logits_to_keep >= 0
+    ):
+        raise ValueError(
+            f"logits_to_keep={logits_to_keep!r} must be 0 (all positions), a number of last positions, or a "
+            "tensor of positions"
+        )
+
+
 def _packed(x: Tensor, packing: Packing | None) -> Tensor:
     return x if packing is None else packing.pack(x)
 
@@ -362,8 +388,13 @@ def _unpacked(x: Tensor, packing: Packing | None, length: int) -> Tensor:
     return x if packing is None else packing.unpack(x, length)
 
 
-def _packing(attention_mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Packing | None:
-    """None where every row of x [B, T, D] is one sequence without padding."""
+def _packing(
+    attention_mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor, goes_on: bool
+) -> Packing | None:
+    """None where every row of x [B, T, D] is one sequence without padding.
+
+    goes_on: x is a piece of what is read, which may be padding alone.
+    """
     batch, length = x.shape[:2]
     if cu_seqlens is not None:
         if attention_mask is not None:
@@ -375,4 +406,9 @@ def _packing(attention_mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor
         shape = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask {shape} does not fit a batch of {batch} x {length} tokens")
     mask = attention_mask[:, -length:].to(x.device)
-    return None if bool(mask.all()) else Packing.of_mask(mask)
+    if bool(mask.all()):
+        return None
+    packing = Packing.of_mask(mask)
+    if not goes_on and not len(packing.rows):
+        raise ValueError("attention_mask holds no token: at least one position must be 1")
+    return packing

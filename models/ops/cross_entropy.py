@@ -41,13 +41,15 @@ def linear_cross_entropy(
         A scalar, or `[...]` for `none`, in at least fp32.
 
     Raises:
-        ValueError: unknown reduction, or shapes that do not fit together.
+        ValueError: unknown reduction, shapes that do not fit together, labels that are no integers, or out of
+            range (looked for on a CPU alone, where looking makes nobody wait).
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
         raise ValueError(f"shapes do not fit together: {shapes}; expected [..., D], [V, D], [...]")
+    _check_labels(labels, weight.shape[0], ignore_index)
     offered = ("torch",) if hidden.dtype == torch.float64 else ("triton", "torch")
     fused = resolve("linear_cross_entropy", hidden.device, offered, backend) == "triton"
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -64,6 +66,18 @@ def linear_cross_entropy(
     if reduction == "sum":
         return total
     return total / (targets != ignore_index).sum().clamp(min=1)
+
+
+def _check_labels(labels: Tensor, words: int, ignore_index: int) -> None:
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be integers, not {labels.dtype}")
+    if labels.device.type == "cpu":
+        strange = labels[((labels < 0) | (labels >= words)) & (labels != ignore_index)]
+        if len(strange):
+            raise ValueError(
+                f"labels must be from 0 to {words - 1}, or {ignore_index} where nothing counts; got "
+                f"{int(strange[0])}"
+            )
 
 
 def _checkpointed_losses(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

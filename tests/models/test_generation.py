@@ -80,6 +80,21 @@ def test_a_padded_batch_may_be_read_in_pieces_even_if_a_row_has_no_token_yet(mod
 
 
 @torch.no_grad()
+def test_a_piece_may_be_padding_alone(model, ids):
+    mask = torch.ones_like(ids)
+    mask[:, :13] = 0
+    logits, cache = read(model, ids, (7, 20), mask)  # the first 7 are nobody's token
+    close(logits[:, 13:], model(ids[:, 13:]).logits)
+    close(logits[:, :7], torch.zeros(2, 7, logits.shape[-1]))
+    before = [dict(layer) for layer in cache.layers]
+    padding = torch.cat([mask, torch.zeros_like(ids[:, :3])], dim=1)
+    output = model(ids[:, :3], attention_mask=padding, past_key_values=cache, output_hidden_states=True)
+    assert [h.shape for h in output.hidden_states] == [(2, 3, model.config.hidden_size)] * 5
+    assert cache.layers == before
+    assert cache.get_seq_length() == LENGTH + 3
+
+
+@torch.no_grad()
 def test_state_and_convolution_begin_anew_at_documents(model, ids):
     offsets = torch.tensor(
         [0, 10, 40, 55, 80], dtype=torch.int32
@@ -124,6 +139,16 @@ def test_a_left_padded_batch_generates_what_each_prompt_generates_alone(model, i
     generated = model.generate(batch, attention_mask=mask, max_new_tokens=6, do_sample=False)
     for row, prompt in enumerate(prompts):
         assert torch.equal(generated[row, 20:], greedy(model, prompt, 6)[0, -6:])
+
+
+@torch.no_grad()
+def test_a_batch_padded_further_than_a_piece_is_long_generates_the_same(model, ids):
+    padding = torch.zeros(2, 12, dtype=torch.long)
+    batch, mask = torch.cat([padding, ids], dim=1), torch.cat([padding, torch.ones_like(ids)], dim=1)
+    generated = model.generate(
+        batch, attention_mask=mask, max_new_tokens=6, do_sample=False, prefill_chunk_size=8
+    )
+    assert torch.equal(generated[:, 12:], greedy(model, ids, 6))
 
 
 @torch.no_grad()
@@ -273,6 +298,17 @@ def test_inputs_that_do_not_fit_together_are_refused(model, ids):
         model(ids, attention_mask=torch.ones_like(ids), cu_seqlens=torch.tensor([0, 40, 80]))
     with pytest.raises(ValueError, match="cu_seqlens"):
         model(ids, cu_seqlens=torch.tensor([0, 50, 80]))
+    for offsets in ([0, 30, 20, 40, 80], [0, -5, 40, 80], [0.0, 40.0, 80.0], [[0, 40, 80]]):
+        with pytest.raises(ValueError, match="cu_seqlens must be whole numbers that rise"):
+            model(ids, cu_seqlens=torch.tensor(offsets))
+    for wrong in (ids[0], ids[:, :0]):
+        with pytest.raises(ValueError, match=r"input_ids must be \[B, T\] with at least one token"):
+            model(wrong)
+    with pytest.raises(ValueError, match=r"inputs_embeds must be \[B, T, D\]"):
+        model(inputs_embeds=torch.zeros(2, 3))
+    for keep in (-1, None, [0, 1], 2.0):
+        with pytest.raises(ValueError, match="logits_to_keep"):
+            model(ids, logits_to_keep=keep)
     with pytest.raises(ValueError, match="no token"):
         model(ids, attention_mask=torch.zeros_like(ids))
     with pytest.raises(ValueError, match="attention_mask"):

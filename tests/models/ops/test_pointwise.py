@@ -93,6 +93,14 @@ def test_cross_entropy_without_any_label_is_zero_with_zero_gradients():
     assert hidden.grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label", [-1, 11, 0.5])
+def test_cross_entropy_refuses_labels_that_are_no_words(reduction, label):
+    labels = torch.tensor([3, -100, label, 4])
+    with pytest.raises(ValueError, match="labels must be"):
+        linear_cross_entropy(draw(4, 8), draw(11, 8, seed=1), labels, reduction=reduction)
+
+
 def test_cross_entropy_computes_in_the_autocast_dtype_and_returns_fp32_gradients_of_the_head():
     hidden, weight = draw(6, 8, dtype=torch.float32), draw(11, 8, seed=1, dtype=torch.float32)
     labels = torch.arange(6)
