@@ -2,9 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def checked_seed(seed: Any) -> int:
+    """`seed`, or ValueError when it is none of the numbers that torch's generators begin from."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
+    return int(seed)
 
 
 class Draw:
@@ -15,7 +24,7 @@ class Draw:
     """
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(checked_seed(seed))
 
     def uniform(
         self,

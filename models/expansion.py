@@ -100,10 +100,9 @@ def expand_state(
     """
     if reinit not in REINIT:
         raise ValueError(f"reinit={reinit!r} is unknown; use one of {', '.join(REINIT)}")
+    before, draw = state_report(model), Draw(seed)
     plan = plan_expansion(model.config, drop_prop, drop_mode, layers=layers, expand_factor=expand_factor)
-    before = state_report(model)
     config = _expanded_config(model.config, plan)
-    draw = Draw(seed)
     blocks = list(model.blocks)
     new_mixers = [_new_mixer(blocks[step.layer], step, config, draw, reinit) for step in plan]
     for step, new_mixer in zip(plan, new_mixers):

@@ -1,6 +1,7 @@
 """Which layers and which factor were asked for, checked before anything is done."""
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 DEFAULT_FACTOR = 4
@@ -17,7 +18,7 @@ def choose_factor(drop_mode: str, allowed: tuple[int, ...], expand_factor: int |
         )
     if not _is_int(expand_factor) or expand_factor not in allowed:
         raise ValueError(f"expand_factor={expand_factor!r} must be one of {', '.join(map(str, allowed))}")
-    return expand_factor
+    return int(expand_factor)
 
 
 def choose_layers(num_layers: int, drop_prop: int | None, layers: Iterable[int] | None) -> list[int]:
@@ -36,7 +37,7 @@ def _every(num_layers: int, drop_prop: Any) -> list[int]:
         raise ValueError(
             f"drop_prop={drop_prop!r} does not divide the {num_layers} layers; use one of {divisors}"
         )
-    return list(range(0, num_layers, drop_prop))
+    return list(range(0, num_layers, int(drop_prop)))
 
 
 def _named(num_layers: int, layers: Any) -> list[int]:
@@ -44,8 +45,8 @@ def _named(num_layers: int, layers: Any) -> list[int]:
     in_range = all(_is_int(layer) and 0 <= layer < num_layers for layer in chosen)
     if not chosen or not in_range or len(set(chosen)) != len(chosen):
         raise ValueError(f"layers={layers!r} must be distinct layer numbers from 0 to {num_layers - 1}")
-    return sorted(chosen)
+    return sorted(map(int, chosen))
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's integers are Integral too

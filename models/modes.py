@@ -57,7 +57,7 @@ def mode_name(family: str, drop_mode: str | None) -> str:
             f"the {family} family has no expansion modes; its file adds them with register_modes"
         )
     name = DEFAULT_MODE[family] if drop_mode is None else drop_mode
-    if name not in MODES[family]:
+    if not isinstance(name, str) or name not in MODES[family]:
         modes = ", ".join(MODES[family])
         raise ValueError(f"drop_mode={name!r} is no mode of the {family} family; use one of {modes}")
     return name

@@ -136,7 +136,16 @@ class ExpansionReport:
 
 
 def state_report(model: nn.Module) -> StateReport:
-    """Sizes and costs of a model of this repository, on any device, meta included."""
+    """Sizes and costs of a model of this repository, on any device, meta included.
+
+    Raises:
+        ValueError: it is another library's model, or a wrapper around one.
+    """
+    if not hasattr(model, "blocks"):
+        kind = f"{type(getattr(model, 'config', model)).__name__} of another library"
+        raise ValueError(
+            f"a {kind} cannot be reported or expanded; use load_pretrained, and no wrapper around it"
+        )
     layers = tuple(_layer_report(i, block, model.config) for i, block in enumerate(model.blocks))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return StateReport(

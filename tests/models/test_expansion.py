@@ -1,8 +1,10 @@
 """Planning and applying a state expansion: what is true of every mode of every family."""
 
 import copy
+import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
@@ -10,6 +12,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 from models.expansion import expand_state, freeze_all_but_expanded, plan_expansion
 from models.gla import GLALayerShape
 from models.modes import MODES, Mode, register_modes
+from models.report import state_report
 from tests.models.tiny_models import ALL_MODES, snapshot, tiny, tiny_config, tokens
 
 EXPANDED = (0, 2)  # of four layers, with drop_prop=2
@@ -67,6 +70,9 @@ def test_each_family_has_a_default_mode(family, mode):
         ("gla", {"drop_prop": 2, "expand_factor": 4}, "expand_factor=4 was given, but drop_mode='gla'"),
         ("gla", {"drop_prop": 2, "drop_mode": "extend", "expand_factor": 3}, "must be one of 2, 4, 8"),
         ("mamba2", {"drop_prop": 2, "reinit": "fancy"}, "use one of standard, published"),
+        ("mamba2", {"drop_prop": 2, "drop_mode": ["mamba4"]}, "is no mode of the mamba2 family"),
+        ("gla", {"drop_prop": 2, "seed": "x"}, "seed='x' must be a whole number"),
+        ("gla", {"drop_prop": 2, "seed": 2**64}, "must be a whole number from 0 to"),
     ],
 )
 def test_wishes_that_do_not_fit_are_refused_and_change_nothing(family, wishes, message):
@@ -81,8 +87,14 @@ def test_wishes_that_do_not_fit_are_refused_and_change_nothing(family, wishes, m
 def test_a_model_of_another_library_is_refused():
     with torch.device("meta"):
         theirs = Mamba2ForCausalLM(Mamba2Config(num_hidden_layers=1))
-    with pytest.raises(ValueError, match=r"Mamba2Config of another library.*load_pretrained"):
-        expand_state(theirs, drop_prop=1)
+    for ask in (state_report, lambda model: expand_state(model, drop_prop=1)):
+        with pytest.raises(ValueError, match=r"Mamba2Config of another library.*load_pretrained"):
+            ask(theirs)
+
+
+def test_layers_may_be_numbers_of_numpy():
+    report = expand_state(tiny("gla"), layers=np.arange(0, 4, 2))
+    assert [step["layer"] for step in json.loads(json.dumps(report.to_dict()))["plan"]] == [0, 2]
 
 
 def test_expanding_a_layer_twice_is_refused():
