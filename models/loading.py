@@ -6,6 +6,7 @@ Weights are read one tensor at a time into a model without storage: memory stays
 import dataclasses
 import json
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .language_model import LanguageModel
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD = "lm_head.weight"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_config(
@@ -38,7 +40,7 @@ def read_config(
     if isinstance(source, LanguageModelConfig):
         raw = source.to_dict()
     else:
-        raw = dict(source) if isinstance(source, dict) else _read_json(_config_file(Path(source)))
+        raw = dict(source) if isinstance(source, dict) else read_json(_config_file(Path(source)))
     family = family_of(raw)
     fields = dict(raw) if raw.get("model_type") == family.model_type else family.read_config(raw)
     unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(family.config_class)})
@@ -84,14 +86,15 @@ def load_pretrained(
         device: where to; None is the CPU.
 
     Raises:
-        ValueError: no such folder, broken files, or a list of missing, unexpected and misshapen tensors.
+        ValueError: no such folder, broken files, a device that is not there, or a list of missing, unexpected
+            and misshapen tensors.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{path} is no folder; download the checkpoint first and name the folder it is in")
-    dtype, config = _dtype(dtype), read_config(folder)
+    dtype, device, config = _dtype(dtype), usable_device(device), read_config(folder)
     family, model = family_of(config), _empty_model(config)
-    _fill(model, _our_tensors(folder, family, config), dtype, torch.device(device or "cpu"), folder)
+    _fill(model, _our_tensors(folder, family, config), dtype, device, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(path)
@@ -100,9 +103,21 @@ def load_pretrained(
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     dtype = getattr(torch, given, given) if isinstance(given, str) else given
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype={given!r} is no floating-point dtype of torch; float32 and bfloat16 are")
+    if dtype is not None and dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"dtype={given!r} is no floating-point dtype that models have; use one of {allowed}")
     return dtype
+
+
+def usable_device(given: str | torch.device | None) -> torch.device:
+    """The device, the CPU for None, or ValueError when this machine has no such one."""
+    try:
+        device = torch.device(given or "cpu")
+        torch.empty(0, device=device)  # fails here, and not after gigabytes were read
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"device={str(given)!r} cannot be used here ({reason}); cpu can") from None
+    return device
 
 
 def _empty_model(config: LanguageModelConfig) -> LanguageModel:
@@ -121,7 +136,8 @@ def _config_file(source: Path) -> Path:
     return file
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file with an object holds, or ValueError."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -147,14 +163,29 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = [
-                folder / shard for shard in sorted(set(_read_json(index).get("weight_map", {}).values()))
-            ]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise ValueError(f"{folder}: {index.name} names files that are missing: {', '.join(missing)}")
-            return files
+            return _shards(index)
     raise ValueError(
         f"{folder} holds no weights; expected {' or '.join(WEIGHT_FILES)}, or a sharded form of them"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if (
+        not weight_map
+        or not isinstance(weight_map, dict)
+        or {type(name) for name in weight_map.values()} != {str}
+    ):
+        raise ValueError(f"{index} must hold a weight_map from tensors to files")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{index} names files that are missing: {', '.join(missing)}")
+    return files
+
+
+def _is_state_dict(stored: Any) -> bool:
+    return isinstance(stored, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in stored.items()
     )
 
 
@@ -162,6 +193,8 @@ def _stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         if file.suffix == ".bin":
             stored = torch.load(file, map_location="cpu", weights_only=True)
+            if not _is_state_dict(stored):
+                raise ValueError("it holds no dict of tensors by name")
             while stored:
                 name = next(iter(stored))
                 yield name, stored.pop(name)
@@ -172,6 +205,11 @@ def _stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 # opened anew for each: the pages of a mapped file count as memory until it is closed
                 with safe_open(file, framework="pt") as handle:
                     yield name, handle.get_tensor(name).clone()
+    except pickle.UnpicklingError:  # its message advises to load the file without this protection
+        raise ValueError(
+            f"{file} cannot be read: it holds something else than weights (a page or a pointer downloaded in "
+            "their place, or code, which is not run); fetch it again"
+        ) from None
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}); it may be cut short: fetch it again") from error
 
@@ -190,6 +228,10 @@ def _fill(
     for name, tensor in tensors:
         if name not in expected:
             problems.append(f"unexpected {name} {list(tensor.shape)}")
+        elif name in seen:
+            problems.append(f"{name} is stored twice")
+        elif tensor.dtype not in DTYPES:
+            problems.append(f"{name} is {tensor.dtype}, no floating-point type that models have")
         elif tensor.shape != expected[name]:
             problems.append(f"misshapen {name}: {list(tensor.shape)}, expected {list(expected[name])}")
         elif name == HEAD and tied:

@@ -141,6 +141,61 @@ def test_a_truncated_bin_file_is_named(original):
         load_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1",
+        b"<html>",
+        b"",
+        [1, 2],
+        {1: torch.ones(2)},
+        {"model": {}},
+    ],
+)
+def test_a_bin_file_without_weights_is_named(original, content):
+    folder, _ = original
+    weights = folder / "pytorch_model.bin"
+    weights.write_bytes(content) if isinstance(content, bytes) else torch.save(content, weights)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, {"lm_head.weight": 3}])
+def test_an_index_that_names_no_files_is_refused(tmp_path, weight_map):
+    tiny("gla").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"index\.json must hold a weight_map"):
+        load_pretrained(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    tiny("gla").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    save_file({"lm_head.weight": tensors["lm_head.weight"]}, tmp_path / "model-2.safetensors")
+    shards = dict.fromkeys(tensors, "model-1.safetensors") | {"lm_head.weight": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is stored twice"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("asked", [None, torch.float32])
+def test_quantised_weights_are_refused(tmp_path, stored, asked):
+    def quantised(tensors):
+        return tensors | {"lm_head.weight": tensors["lm_head.weight"].to(stored)}
+
+    with pytest.raises(ValueError, match=rf"lm_head\.weight is {stored}"):
+        load_pretrained(rewritten(tmp_path / "quantised", quantised), dtype=asked)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used here"):
+        load_pretrained(GOLDEN, device=device)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     tiny("gla").save_pretrained(tmp_path, max_shard_size="20KB")
     next(tmp_path.glob("model-00002-*")).unlink()
@@ -165,7 +220,7 @@ def test_a_folder_that_is_no_checkpoint_says_what_it_lacks(tmp_path):
 
 
 def test_a_dtype_that_is_none_is_refused():
-    for dtype in ("bf16", "relu", torch.int64):
+    for dtype in ("bf16", "relu", torch.int64, torch.float8_e4m3fn):
         with pytest.raises(ValueError, match="floating-point dtype"):
             load_pretrained(GOLDEN, dtype=dtype)
 
