@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
 Arguments = TypeVar("Arguments")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -54,7 +56,7 @@ def run_command(
         return 0
     try:
         action(parse_arguments(kind, argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last: a disk that is full, for one
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -67,8 +69,8 @@ def _required(field: Field) -> bool:
 def _value(key: str, text: str, kind: Any) -> Any:
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     wanted = next(option for option in options if option is not type(None))
-    if text.lower() in ("none", "null") and type(None) in options:
-        return None
+    if text.lower() in ("none", "null") and type(None) in options and wanted is not str:
+        return None  # but prompt=none is a prompt: a text is left out by not giving it
     try:
         if wanted is bool:
             return _BOOLEANS[text.lower()]

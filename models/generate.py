@@ -1,6 +1,6 @@
 """`python -m models.generate model=FOLDER prompt=...`: continue a text with any model folder."""
 
-import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from .cache import RecurrentCache
 from .command_line import run_command
 from .decoding import GraphedDecoder
+from .draw import checked_seed
 from .families import family_of
 from .folder import TOKENIZER_FILES
 from .language_model import LanguageModel
-from .loading import load_pretrained
+from .loading import load_pretrained, read_json, usable_device
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,15 @@ def check(arguments: GenerateArguments) -> None:
     for name in ("max_new_tokens", "piece"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1")
-    if arguments.temperature < 0:
+    if not 0 <= arguments.temperature < math.inf:
         raise ValueError(f"temperature={arguments.temperature} must be 0 (greedy) or above")
     if not 0 < arguments.top_p <= 1:
         raise ValueError(f"top_p={arguments.top_p} must be above 0 and at most 1")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={arguments.device}: torch sees no CUDA device here; use device=cpu")
+    if usable_device(arguments.device).type == "meta":
+        raise ValueError("device=meta holds shapes alone; use device=cpu")
+    checked_seed(arguments.seed)
     if not (Path(arguments.model) / "config.json").is_file():
         raise ValueError(f"model={arguments.model} is no model folder: it has no config.json")
 
@@ -72,7 +76,10 @@ def read_prompt(arguments: GenerateArguments) -> str:
     if arguments.prompt is not None:
         return arguments.prompt
     if arguments.prompt_file is not None:
-        return Path(arguments.prompt_file).read_text(encoding="utf-8")
+        try:
+            return Path(arguments.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompt_file={arguments.prompt_file} is no UTF-8 text: {error}") from None
     return sys.stdin.read()
 
 
@@ -81,8 +88,9 @@ def load_model(folder: str, dtype: str | None, device: str) -> nn.Module:
     torch_dtype = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no type of torch; use bfloat16, float16, float32 or float64")
+    raw = read_json(Path(folder) / "config.json")
     try:
-        family_of(json.loads((Path(folder) / "config.json").read_text()))
+        family_of(raw)
     except ValueError:  # none of ours
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype or "auto", local_files_only=True
@@ -94,7 +102,10 @@ def load_model(folder: str, dtype: str | None, device: str) -> nn.Module:
 def load_tokenizer(folder: str) -> Any:
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{folder} holds no tokenizer; give tokenizer=FOLDER")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
 @torch.no_grad()
@@ -114,6 +125,12 @@ def generate(arguments: GenerateArguments) -> None:
     tokens = tokenizer(prompt, return_tensors="pt")["input_ids"].long().to(arguments.device)
     if tokens.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least one token to continue")
+    words = model.get_input_embeddings().num_embeddings
+    if int(tokens.max()) >= words:
+        raise ValueError(
+            f"the tokenizer answers with token {int(tokens.max())}, but the model knows {words} tokens: give "
+            "tokenizer=FOLDER with the one that it was trained with"
+        )
 
     sampling = {"do_sample": False}
     if arguments.temperature > 0:

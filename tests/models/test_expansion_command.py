@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -68,6 +69,7 @@ def test_expansion_command_reads_the_published_layout(tmp_path, capsys):
         (["drop_porp=2"], "unknown key 'drop_porp'; did you mean drop_prop?"),
         (["drop_prop=2", "drop_prop=4"], "drop_prop is given twice"),
         (["2"], "expected key=value, got '2'"),
+        (["drop_prop=2", "seed=99999999999999999999"], "seed=99999999999999999999 must be a whole number"),
         ([], "give either drop_prop"),
     ],
 )
@@ -160,11 +162,52 @@ def test_generate_runs_other_causal_models(folders, tmp_path, capsys):
         (["prompt=w1", "dtype=int12"], "dtype='int12' is no type of torch"),
         (["prompt_file=/nowhere/at/all"], "/nowhere/at/all"),
         (["prompt=", "device=cpu"], "the prompt is empty"),
+        (["prompt=w1", "device=nonsense"], "device='nonsense' cannot be used here"),
+        (["prompt=w1", "device=meta"], "device=meta holds shapes alone"),
+        (["prompt=w1", "seed=-1"], "seed=-1 must be a whole number"),
+        (["prompt=w1", "temperature=nan"], "temperature=nan must be 0 (greedy) or above"),
     ],
 )
 def test_generate_says_what_is_wrong(folders, capsys, words, message):
     assert generate([f"model={folders['gla']}", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_generate_says_that_a_tokenizer_knows_more_tokens_than_the_model(folders, tmp_path, capsys):
+    tiny("gla", vocab_size=3).save_pretrained(tmp_path)
+    assert generate([f"model={tmp_path}", "prompt=w1 w9", f"tokenizer={folders['gla']}"]) == 2
+    assert "token 11, but the model knows 3 tokens" in capsys.readouterr().err
+
+
+def test_generate_names_the_file_that_it_cannot_read(folders, tmp_path, capsys):
+    prompt, tokenizer = tmp_path / "prompt.txt", tmp_path / "tokenizer.json"
+    prompt.write_bytes(b"\xff\xfe")
+    tokenizer.write_text("{")
+    assert generate([f"model={folders['gla']}", f"prompt_file={prompt}"]) == 2
+    assert f"prompt_file={prompt} is no UTF-8 text" in capsys.readouterr().err
+    assert generate([f"model={folders['gla']}", "prompt=w1", f"tokenizer={tmp_path}"]) == 2
+    assert f"the tokenizer in {tmp_path} cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[1]", "{"])
+def test_generate_says_that_a_config_is_broken(folders, tmp_path, capsys, content):
+    (tmp_path / "config.json").write_text(content)
+    assert generate([f"model={tmp_path}", "prompt=w1", f"tokenizer={folders['gla']}"]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_none_is_a_prompt_too(folders, capsys):
+    assert generated(capsys, folders["gla"], "prompt=none").strip()
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(folders, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    assert expand([f"in={folders['gla']}", f"out={tmp_path / 'out'}", "drop_prop=2"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_generate_wants_a_model_folder_and_a_tokenizer(tmp_path, capsys):
