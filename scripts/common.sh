@@ -26,26 +26,39 @@ stop() {
 }
 
 # key=value, --key=value or --switch -> assigns the variable and remembers its name
+# (here and below local names begin with _, so that none can be the name of a setting)
 apply_setting() {
-    local text=${1#--} key value
+    local _text=${1#--} _key _value
     case "$1" in
-        *=*) key=${text%%=*} value=${text#*=} ;;
-        --*) key=$text value=true ;;
+        *=*) _key=${_text%%=*} _value=${_text#*=} ;;
+        --*) _key=$_text _value=true ;;
         *) stop "'$1' is no key=value argument (for example: bash scripts/$SCRIPT drop_prop=4)" ;;
     esac
-    key=${key//-/_}
-    case "$key" in
+    _key=${_key//-/_}
+    case "$_key" in
         '' | [!a-z]* | *[!a-z0-9_]*) stop "'$1': a key is written in small letters, digits and _" ;;
     esac
-    printf -v "$key" %s "$value"
+    printf -v "$_key" %s "$_value"
     case " $SETTINGS $LOCAL_KEYS " in
-        *" $key "*) ;;
-        *) SETTINGS="$SETTINGS $key" ;;
+        *" $_key "*) ;;
+        *) SETTINGS="$SETTINGS $_key" ;;
     esac
 }
 
+# is_named KEY ARGUMENT...: whether one of the arguments sets KEY
+is_named() {
+    local _key=$1 _argument
+    shift
+    for _argument in "$@"; do
+        _argument=${_argument#--} _argument=${_argument%%=*}
+        if [ "${_argument//-/_}" = "$_key" ]; then return 0; fi
+    done
+    return 1
+}
+
+# a leading 0 would make it octal
 is_count() {
-    case "$1" in '' | *[!0-9]* | 0) return 1 ;; esac
+    case "$1" in '' | *[!0-9]* | 0*) return 1 ;; esac
 }
 
 find_python() {
@@ -63,10 +76,6 @@ make_corpus() {
 
 # The same recipe, small enough for a CPU: a tiny model from random weights on the quickstart's corpus.
 apply_tiny() {
-    case " $* " in
-        *data_path=*tokenizer=* | *tokenizer=*data_path=*) ;;
-        *) make_corpus ;;
-    esac
     apply_setting model_name="${model_name%%-*}-tiny"
     apply_setting train_config=configs/training/tiny.json
     apply_setting init_from=scratch
@@ -75,36 +84,46 @@ apply_tiny() {
     apply_setting n_gpus=1
     if [ -n "${drop_prop:-}" ]; then apply_setting drop_prop=2; fi # the tiny models have 4 layers
     apply_setting data_path="$CORPUS/train"
-    apply_setting validation_data_path="$CORPUS/validation"
+    if ! is_named data_path "$@"; then apply_setting validation_data_path="$CORPUS/validation"; fi
     apply_setting tokenizer="$CORPUS/tokenizer"
 }
 
+# Made only once the arguments are known to be good; what cannot be checked without it is checked afterwards.
+make_tiny_corpus() {
+    case " ${data_path:-} ${validation_data_path:-} ${tokenizer:-} " in
+        *" $CORPUS/"*) ;;
+        *) return ;;
+    esac
+    [ -e "$CORPUS/quickstart.json" ] || "$PYTHON" train.py "${ARGUMENTS[@]}" --plan=true >/dev/null || exit
+    make_corpus
+}
+
 apply_command_line() {
-    local argument
+    local _argument
     scale=
-    for argument in "$@"; do
-        case "${argument#--}" in scale=*) scale=${argument#*=} ;; esac
+    for _argument in "$@"; do
+        case "${_argument#--}" in scale=*) scale=${_argument#*=} ;; esac
     done
     case "$scale" in
         '') ;;
         tiny) apply_tiny "$@" ;;
         *) stop "scale=$scale: the only scale is tiny; leave it out for the full recipe" ;;
     esac
-    for argument in "$@"; do apply_setting "$argument"; done
+    for _argument in "$@"; do apply_setting "$_argument"; done
     # one of the two says where the weights come from; what the command line names wins over the script's default
-    case " $* " in
-        *" ckpt_path="* | *" --ckpt_path="* | *" --ckpt-path="*)
-            case " $* " in *init_from=* | *init-from=*) ;; *) init_from=pretrained ;; esac ;;
-        *) if [ "$init_from" = scratch ]; then ckpt_path=; fi ;;
-    esac
+    if is_named ckpt_path "$@"; then
+        if ! is_named init_from "$@"; then init_from=pretrained; fi
+    elif [ "$init_from" = scratch ]; then
+        ckpt_path=
+    fi
 }
 
 # settings -> ARGUMENTS of train.py; an empty value leaves a key at its default
 collect_arguments() {
-    local key
+    local _key
     ARGUMENTS=()
-    for key in $SETTINGS; do
-        if [ -n "${!key}" ]; then ARGUMENTS[${#ARGUMENTS[@]}]="--$key=${!key}"; fi
+    for _key in $SETTINGS; do
+        if [ -n "${!_key}" ]; then ARGUMENTS[${#ARGUMENTS[@]}]="--$_key=${!_key}"; fi
     done
 }
 
@@ -114,13 +133,15 @@ is_on() {
 
 # Where the run writes. Wrong keys, types and ranges show here already, before torch is imported.
 find_run_dir() {
-    RUN_DIR=$("$PYTHON" -c "$PRINT_RUN_DIR" "${ARGUMENTS[@]}") || exit
+    RUN_DIR=$("$PYTHON" -c "$PRINT_RUN_DIR" "$SETTINGS" "${ARGUMENTS[@]}") || exit
 }
 PRINT_RUN_DIR='
 import sys
-from training.config import ConfigError, parse_arguments
+from training.config import ConfigError, parse_arguments, require_known
 try:
-    print(parse_arguments(sys.argv[1:]).run_dir)
+    for key in sys.argv[1].split():  # those without a value too
+        require_known(key)
+    print(parse_arguments(sys.argv[2:]).run_dir)
 except ConfigError as error:
     print("error:", error, file=sys.stderr)
     sys.exit(2)'
@@ -128,10 +149,14 @@ except ConfigError as error:
 check_counts() {
     is_count "$n_nodes" || stop "n_nodes=$n_nodes: a number of machines, 1 or more"
     is_count "$n_gpus" || stop "n_gpus=$n_gpus: a number of GPUs, 1 or more"
-    case "$node_rank" in '' | *[!0-9]*) stop "node_rank=$node_rank: 0 to $((n_nodes - 1))" ;; esac
+    case "$node_rank" in '' | *[!0-9]* | 0?*) stop "node_rank=$node_rank: 0 to $((n_nodes - 1))" ;; esac
     [ "$node_rank" -lt "$n_nodes" ] || stop "node_rank=$node_rank: 0 to $((n_nodes - 1)), n_nodes is $n_nodes"
     [ $((n_gpus % n_nodes)) -eq 0 ] ||
         stop "n_gpus=$n_gpus: counts the GPUs of all $n_nodes nodes, so it is a multiple of $n_nodes"
+    case "$main_port" in
+        '' | 0) ;;
+        *) is_count "$main_port" && [ "$main_port" -le 65535 ] || stop "main_port=$main_port: a port number, 1 to 65535" ;;
+    esac
     local cores
     # a rehearsal of a launch on many GPUs (docs/training.md) may crowd its processes on few cores
     if [ "$launch" = cpu ] && [ "${STATEX_CPU_REHEARSAL:-}" != 1 ]; then
@@ -166,7 +191,7 @@ build_command() {
 training_processes() {
     ps -A -o pid= -o ppid= -o args= | awk -v launcher="$LAUNCHER" '
         !/train\.py/ { next }
-        /accelerate/ { next }
+        /accelerate[.]commands[.]launch/ { next }
         $1 == launcher || $2 == launcher { print $1 }'
 }
 
@@ -224,6 +249,7 @@ start_training() {
     find_run_dir
     if is_on "${plan:-}"; then exec "$PYTHON" train.py "${ARGUMENTS[@]}"; fi
 
+    if [ "$scale" = tiny ]; then make_tiny_corpus; fi
     check_settings
     build_command
     rm -f "$RUN_DIR/requeue"

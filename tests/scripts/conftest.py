@@ -20,11 +20,13 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, **settings, **extra}
 
 
-def script(name: str, *arguments: str, **extra: str) -> subprocess.CompletedProcess:
+def script(
+    name: str, *arguments: str, folder: Path = REPOSITORY, **extra: str
+) -> subprocess.CompletedProcess:
     command = ["bash", f"scripts/{name}.sh", *arguments]
     return subprocess.run(
         command,
-        cwd=REPOSITORY,
+        cwd=folder,
         env=environment(**extra),
         capture_output=True,
         text=True,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts.conftest import script, write_corpus
+from tests.scripts.conftest import REPOSITORY, script, write_corpus
 
 
 def refused(tiny: list[str], tmp_path: Path, *arguments: str, name: str = "gla_StateX") -> str:
@@ -31,10 +31,46 @@ def refused(tiny: list[str], tmp_path: Path, *arguments: str, name: str = "gla_S
         ("n_gpus=999", "n_gpus=999"),
         ("scale=huge", "only scale is tiny"),
         ("StateX", "no key=value argument"),
+        ("value=3", "unknown key 'value'"),
+        ("drop_porp=", "did you mean drop_prop?"),
+        ("n_gpus=08", "n_gpus=08: a number of GPUs"),
+        ("main_port=http", "main_port=http: a port number"),
     ],
 )
 def test_arguments(tiny, tmp_path, argument, answer):
     assert answer in refused(tiny, tmp_path, argument)
+
+
+@pytest.fixture
+def fresh_clone(tmp_path) -> Path:
+    """The repository by links, without anything that runs wrote."""
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    for name in ("train.py", "scripts", "configs", "models", "training", "data"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "answer"),
+    [
+        ("drop_porp=2", 2, "did you mean drop_prop?"),
+        ("drop_prop=3", 2, "use one of 1, 2, 4"),
+        ("plan=true", 0, "state elements"),
+    ],
+)
+def test_no_corpus_is_made_for_wrong_arguments_or_a_plan(fresh_clone, argument, status, answer):
+    said = script("gla_StateX", "scale=tiny", argument, folder=fresh_clone)
+    assert said.returncode == status
+    assert answer in said.stdout + said.stderr
+    assert not (fresh_clone / "output").exists()
+
+
+def test_own_text_needs_no_quickstart_corpus(fresh_clone, corpus, tmp_path):
+    own = [f"data_path={corpus / 'train'}", f"tokenizer={corpus / 'tokenizer'}", "validate_only=true"]
+    said = script("gla_LPT", "scale=tiny", *own, folder=fresh_clone)
+    assert said.returncode == 0, said.stderr
+    assert not (fresh_clone / "output").exists()
 
 
 def test_config_that_is_not_json(tiny, tmp_path):

@@ -67,9 +67,10 @@ def wait_for_steps(folder: Path, process: subprocess.Popen, steps: int = 2) -> N
 
 @pytest.mark.parametrize(("signal_number", "processes"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 2)])
 def test_signal_to_the_script_reaches_the_ranks(tiny, signal_number, processes):
-    arguments = [*tiny, "run_name=stopped", "n_train_steps=5000", f"n_gpus={processes}", "batch_size=2"]
+    # processes are found by what ps shows of them, which a name must not upset
+    arguments = [*tiny, "run_name=accelerate", "n_train_steps=5000", f"n_gpus={processes}", "batch_size=2"]
     process = start("gla_LPT", *arguments)
-    folder = run_folder(tiny, "gla-tiny", "stopped")
+    folder = run_folder(tiny, "gla-tiny", "accelerate")
     wait_for_steps(folder, process)
     process.send_signal(signal_number)
     output, _ = process.communicate(timeout=240)
