@@ -79,6 +79,7 @@ SOURCES = [
 ]
 GROUPS = ("models", "corpus", "eval")
 DEFAULT = ("models", "eval")  # the corpus is larger than most disks: it comes when it is named
+SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 ADVICE = (
     "What had arrived is kept, and the same command goes on. HF_ENDPOINT names a mirror, HF_TOKEN opens "
     "gated repositories; without a network, copy the folders from a machine that has one"
@@ -123,7 +124,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for word in argv:  # key=value as in every other command of this repository
         key, equals, value = word.removeprefix("--").partition("=")
         if equals and key in switches:
-            words += [f"--{key}"] if value.lower() in ("true", "1", "yes") else []
+            if value.lower() not in SWITCH:  # a misspelt dry_run=true would fetch a terabyte
+                parser.error(f"{key}={value!r} is not true or false")
+            words += [f"--{key}"] if SWITCH[value.lower()] else []
         else:
             words.append(f"--{key}={value}" if equals else word)
     arguments = parser.parse_args(words)
@@ -144,7 +147,8 @@ def select(names: Sequence[str]) -> list[Source]:
         elif name in known:
             chosen[name] = known[name]
         else:
-            near = difflib.get_close_matches(name, [*GROUPS, *known], n=3, cutoff=0.4)
+            near = [other for other in known if name.lower() in other.lower()][:3]
+            near = near or difflib.get_close_matches(name, [*GROUPS, *known], n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(near)}?" if near else f"groups are {', '.join(GROUPS)}"
             raise ValueError(f"unknown name {name!r}; {hint}")
     return list(chosen.values())

@@ -16,7 +16,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from huggingface.card import write_card
 from models.command_line import run_command
 
-NOT_PUSHED = ("state", ".cache")  # training state, and the Hub's own marks in a downloaded folder
+# training state, the Hub's own marks in a downloaded folder, and the history of a cloned one
+NOT_PUSHED = ("state", ".cache", ".git")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 

@@ -128,6 +128,7 @@ def test_without_a_network_nothing_is_written(
     ("words", "message"),
     [
         (["only=based-fad"], "did you mean based-fda"),
+        (["only=gla"], "did you mean gla-1.3B-100B"),
         (["only=corpus", "revision=x", "only=eval"], "for one repository"),
     ],
 )
@@ -135,9 +136,11 @@ def test_bad_input_is_refused(hub: Hub, tmp_path: Path, capsys: Any, words: list
     assert download(hub, tmp_path, *words) == 2
     assert message in capsys.readouterr().err
     assert not hub.asked
-    with pytest.raises(SystemExit) as stopped:
-        download(hub, tmp_path, "files=0")
-    assert stopped.value.code == 2
+    for word in ("files=0", "dry_run=ture", "--update=maybe", "fils=2"):
+        with pytest.raises(SystemExit) as stopped:
+            download(hub, tmp_path, "only=corpus", word)
+        assert stopped.value.code == 2
+    assert not hub.asked
 
 
 def test_a_disk_that_is_too_small_is_noticed_first(

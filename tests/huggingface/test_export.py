@@ -25,6 +25,8 @@ def folder(tmp_path) -> Path:
     (path / "tokenizer.json").write_text("{}")
     (path / "state").mkdir()
     (path / "state" / "optimizer.bin").write_bytes(b"0" * 100)
+    (path / ".git").mkdir()  # as in a clone
+    (path / ".git" / "config").write_text("url = https://user:secret@hub")
     return path
 
 
@@ -83,6 +85,7 @@ def test_dry_run_lists_files_and_shows_the_card(folder, capsys):
     assert "  model.safetensors  " in said
     assert "  tokenizer.json  2 bytes" in said
     assert "optimizer.bin" not in said
+    assert ".git" not in said
     for part in (
         "base_model: a/b",
         "license: mit",
