@@ -187,9 +187,9 @@ build_command() {
 }
 
 # The processes that train: the launcher's children that run train.py, or the launcher itself where there is one process.
-# Launchers are passed over: they would end the ranks before a checkpoint is written.
+# Launchers are passed over: they would end the ranks before a checkpoint is written. -ww: ps cuts lines at COLUMNS.
 training_processes() {
-    ps -A -o pid= -o ppid= -o args= | awk -v launcher="$LAUNCHER" '
+    ps -A -ww -o pid= -o ppid= -o args= | awk -v launcher="$LAUNCHER" '
         !/train\.py/ { next }
         /accelerate[.]commands[.]launch/ { next }
         $1 == launcher || $2 == launcher { print $1 }'

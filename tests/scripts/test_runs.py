@@ -85,6 +85,28 @@ def test_signal_to_the_script_reaches_the_ranks(tiny, signal_number, processes):
     assert (folder / f"ckpt_{step + 1}" / "model.safetensors").is_file()
 
 
+FAKE_LAUNCH = """
+. scripts/common.sh
+# what ps shows of a launcher and its rank; the rank's child is a loader's worker, which is not signalled
+bash -c 'bash -c "sleep 60 & wait" python train.py --run_name=accelerate & echo $! && wait' \\
+    python -m accelerate.commands.launch train.py --run_name=accelerate &
+LAUNCHER=$!
+sleep 1
+training_processes
+pkill -P "$(pgrep -P $LAUNCHER)"
+"""
+
+
+@pytest.mark.parametrize("columns", ["40", "400"])
+def test_ranks_are_told_from_their_launcher_by_its_module_not_by_a_name_in_their_arguments(columns):
+    command = ["bash", "-c", FAKE_LAUNCH]
+    answer = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(COLUMNS=columns), capture_output=True, text=True, timeout=60
+    )
+    rank, *found = answer.stdout.split()
+    assert found == [rank], answer.stdout + answer.stderr
+
+
 FAKE_SRUN = """#!/usr/bin/env bash
 # stands for srun: one task a node, here two on this machine
 while [ "${1#--}" != "$1" ]; do shift; done
