@@ -1,9 +1,9 @@
 """lm-eval 0.4.13 as a library: its tasks ask, its rules score, and a session answers, resumably."""
 
+import difflib
 import functools
 import importlib.util
 import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ def _start(tokenizer: Any) -> list[int]:
 def _likelihood(
     task: str, key: str, context: list[int], continuation: list[int], gold: tuple[Any, ...]
 ) -> Item:
+    if not continuation:
+        raise ValueError(f"{task} {key}: an option is empty, and nothing can be said of its likelihood")
     return Item(
         task=task,
         key=key,
@@ -143,19 +145,31 @@ def _manager(home: str | None) -> Any:
     return tasks.TaskManager(include_path=str(folder), include_defaults=False)
 
 
+def check_name(name: str, home: str | None = None) -> None:
+    """Raises ValueError when lm-eval has no such task; the nearest names are shown."""
+    known = _manager(home).all_tasks
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
+        raise ValueError(f"lm-eval 0.4.13 has no task {name!r}; {hint}")
+
+
 def _load(name: str, home: str | None, folder: Path | None) -> Any:
+    from datasets.exceptions import DatasetsError
+
+    check_name(name, home)
     manager = _manager(home)
-    if name not in manager.all_tasks:
-        raise ValueError(f"lm-eval 0.4.13 has no task {name!r}; `lm_eval ls tasks` lists them")
     spec: Any = name
     if folder is not None:
         # a group is where lm-eval takes a task of its own with one field changed
         spec = {"group": "local", "task": [{"task": name, "dataset_path": str(folder)}]}
     try:
         loaded = manager.load([spec])["tasks"]
-    except (OSError, ValueError, KeyError, ConnectionError) as error:
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        cause = error.__cause__ or error  # "an error occurred while generating" says nothing by itself
         raise ValueError(
-            f"lm-eval cannot read the data of {name}: {re.sub(chr(92) + 's+', ' ', str(error))[:300]}"
+            f"lm-eval cannot read the data of {name}{f' in {folder}' if folder else ''}: "
+            f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         ) from None
     if len(loaded) != 1:
         raise ValueError(f"lm_eval:{name} stands for {len(loaded)} tasks; name them one by one")

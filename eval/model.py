@@ -182,6 +182,7 @@ class EvalModel:
             end = min(start + step, ids.shape[1])
             logits, cache = self._forward(ids[:, start:end], self._mask(mask, padded, start, end), cache, 0)
             yield start, logits, ids
+        _check_numbers(items, logits)
 
     # ------------------------------------------------------------------------------------------------
     # the four questions
@@ -191,6 +192,7 @@ class EvalModel:
         if not self.carries:
             return self._generate_whole(items, new_tokens)
         logits, cache, mask, padded = self._read(items, 1, self.piece)
+        _check_numbers(items, logits)
         if self.decoder is not None:
             cache = self.decoder.start(cache)
         token = logits[:, -1].argmax(-1, keepdim=True)
@@ -235,6 +237,7 @@ class EvalModel:
     def _loglikelihood(self, items: Sequence[Item]) -> list[tuple[float, bool]]:
         longest = max(item.continuation for item in items)
         logits, *_ = self._read(items, longest + 1, self.piece)
+        _check_numbers(items, logits)
         answers = []
         for item, row in zip(items, logits):
             n = item.continuation
@@ -264,6 +267,18 @@ class EvalModel:
                 scores = logits[row, : targets.shape[1]].float()
                 losses[row].append(F.cross_entropy(scores, targets[row], reduction="none"))
         return [_bucketed(torch.cat(parts), len(item.tokens)) for parts, item in zip(losses, items)]
+
+
+def _check_numbers(items: Sequence[Item], logits: Tensor) -> None:
+    """Raises ValueError for NaN at the last position, where all earlier ones end up.
+
+    argmax over NaN names the first token or option, which would look like an answer and even score.
+    """
+    if bool(logits[:, -1].isnan().any()):
+        raise ValueError(
+            f"{items[0].task} {items[0].key}: the model's logits are not numbers (NaN); weights that "
+            "diverged or are damaged, or a dtype too narrow for them"
+        )
 
 
 def _bucketed(losses: Tensor, length: int) -> list[list[float]]:

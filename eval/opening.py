@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from models.generate import load_model, load_tokenizer
 
@@ -19,6 +20,17 @@ from .settings import Settings
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
 WEIGHTS = ("*.safetensors", "*.bin")
 PREFIX = "scripted:"
+STARTING_POINT = "for a starting point: python huggingface/download.py --only gla-1.3B-100B"
+# what decides how text becomes tokens and where an answer ends
+TOKENIZER_PREFIXES = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens_map",
+    "added_tokens",
+    "spiece",
+    "sentencepiece",
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,10 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
         while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in parts) > 1:
             depth += 1
         sources.append(Source(path, folder, "_".join(own[-depth:]).replace(":", "_").replace("/", "_")))
+    for number, source in enumerate(sources):
+        for other in sources[:number]:
+            if source.label == other.label:  # their answers would share a folder
+                raise ValueError(f"model={other.path},{source.path}: these are the same model")
     return sources
 
 
@@ -59,10 +75,15 @@ def folder_of(path: str) -> Path:
     from huggingface_hub.errors import HTTPError
 
     try:
-        return Path(huggingface_hub.snapshot_download(path, allow_patterns=HUB_FILES))
+        folder = Path(huggingface_hub.snapshot_download(path, allow_patterns=HUB_FILES))
+        if not _weight_files(folder):  # only then: many repositories hold the same weights in both formats
+            folder = Path(huggingface_hub.snapshot_download(path, allow_patterns=[*HUB_FILES, "*.bin"]))
+        return folder
     except (OSError, HTTPError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"model={path} is no folder, and the Hub does not give it ({reason})") from None
+        raise ValueError(
+            f"model={path} is no folder, and the Hub does not give it ({reason}); {STARTING_POINT}"
+        ) from None
 
 
 def check_source(source: Source, settings: Settings) -> None:
@@ -70,21 +91,32 @@ def check_source(source: Source, settings: Settings) -> None:
     if source.scripted is not None:
         if source.scripted not in SCRIPTED:
             raise ValueError(f"model={source.path}: scripted models are {', '.join(SCRIPTED)}")
+        if settings.tokenizer:
+            open_tokenizer(settings.tokenizer)
         return
     folder = source.folder
     if not folder.is_dir():
-        raise ValueError(
-            f"model={source.path} is no folder; for a starting point: "
-            "python huggingface/download.py --only gla-1.3B-100B"
-        )
+        raise ValueError(f"model={source.path} is no folder; {STARTING_POINT}")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model={source.path} is no model folder: it has no config.json")
+    try:
+        dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{folder / 'config.json'} is no JSON object: not a model's, or damaged") from None
     if not _weight_files(folder):
         raise ValueError(
             f"model={source.path} has no weights (no file like {' or '.join(WEIGHTS)}); an interrupted "
             "download or save, or the folder above the checkpoint?"
         )
-    load_tokenizer(settings.tokenizer or str(folder))
+    open_tokenizer(settings.tokenizer or str(folder))
+
+
+def open_tokenizer(folder: str) -> Any:
+    """Raises ValueError for a folder without a tokenizer, or with one that cannot be read."""
+    try:
+        return load_tokenizer(folder)
+    except Exception as error:  # of whatever type: the tokenizers library raises bare Exceptions
+        raise ValueError(f"the tokenizer in {folder} cannot be opened: {error}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -122,11 +154,9 @@ def identify(source: Source, settings: Settings) -> dict[str, Any]:
     return {
         "path": source.path,
         "weights": _digest(_weight_files(folder)),
-        "config": _digest([folder / "config.json"]),
+        "config": _digest([folder / "config.json", folder / "generation_config.json"]),
         "tokenizer": _digest(
-            sorted(
-                file for file in tokenizer.iterdir() if file.name.startswith(("tokenizer", "vocab", "merges"))
-            )
+            sorted(file for file in tokenizer.iterdir() if file.name.startswith(TOKENIZER_PREFIXES))
         ),
         "dtype": dtype_of(settings),
     }
@@ -149,13 +179,17 @@ def identity_key(identity: dict[str, Any]) -> str:
 
 def open_model(source: Source, settings: Settings) -> EvalModel | ScriptedModel:
     if source.scripted is not None:
-        tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else byte_tokenizer()
+        tokenizer = open_tokenizer(settings.tokenizer) if settings.tokenizer else byte_tokenizer()
         return SCRIPTED[source.scripted](tokenizer)
     device = device_of(settings)
     default = 65536 if device.startswith("cuda") else 4096
+    try:
+        model = load_model(str(source.folder), dtype_of(settings), device)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {source.path} cannot be read ({error}); cut short?") from None
     return EvalModel(
-        load_model(str(source.folder), dtype_of(settings), device),
-        load_tokenizer(settings.tokenizer or str(source.folder)),
+        model,
+        open_tokenizer(settings.tokenizer or str(source.folder)),
         piece=settings.piece,
         batch_tokens=settings.batch_tokens or default,
         allow_long=settings.allow_long,

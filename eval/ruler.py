@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ TASKS = tuple(f"niah_{kind}_{number}" for kind in ("single", "multikey") for num
 NEEDS_ESSAYS = ("niah_single_2", "niah_single_3", "niah_multikey_1")
 ESSAYS = "paul_graham_essays"
 NEW_TOKENS = 128
+_ONE_AT_A_TIME = threading.Lock()  # lm-eval's module is changed, and Python's global generator seeded
 BEGINNING = 48  # tokens kept free for the beginning of the answer, which names the key
 INSTALL = 'pip install "lm_eval[ruler]==0.4.13"'
 
@@ -76,6 +78,12 @@ def documents(task: str, length: int, count: int, seed: int, tokenizer: Any, dat
     Raises:
         ValueError: fewer came out, or one is longer than `length` or far shorter.
     """
+    # a task that failed leaves its thread at work on the next length while the next task begins
+    with _ONE_AT_A_TIME:
+        return _documents(task, length, count, seed, tokenizer, data)
+
+
+def _documents(task: str, length: int, count: int, seed: int, tokenizer: Any, data: Path) -> list[dict]:
     module = _generator()
     original = module.generate_samples
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +74,17 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, Tasks, dict[str, str], list[
     identified = [(source, opening.identify(source, settings)) for source in sources]
     for source, identity in identified:
         check_identity(settings.output / source.label, identity)
+    make_output(settings)
     return settings, runnable, skipped, identified
+
+
+def make_output(settings: Settings) -> None:
+    """Last of the checks. Raises ValueError for a folder that cannot be made or written to."""
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=settings.output).close()
+    except OSError as error:
+        raise ValueError(f"output={settings.output} cannot be written to ({error})") from None
 
 
 def _print_skipped(skipped: dict[str, str]) -> None:
@@ -97,7 +109,6 @@ def evaluate(
         "skipped": skipped,
         "models": [],
     }
-    settings.output.mkdir(parents=True, exist_ok=True)
     for source, identity in sources:
         results["models"].append(run_model(source, identity, settings, tasks))
         plots: list[Any] = []
@@ -128,6 +139,11 @@ def run_model(source: Any, identity: dict[str, Any], settings: Settings, tasks: 
                 done[task] = summarise(family.name, task, records)
             except (ValueError, MemoryError, OSError) as error:
                 failed[task] = " ".join(str(error).split())
+            except Exception as error:
+                # nobody foresaw it: shown in full, and still no reason to lose the other tasks' report
+                traceback.print_exc()
+                failed[task] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if task in failed:
                 print(f"failed {task}: {failed[task]}", file=sys.stderr)
     for task, seconds in session.seconds.items():
         if task in done:

@@ -80,7 +80,10 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
     file = folder / "model.json"
     if not file.exists():
         return
-    kept = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        kept = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file} is damaged; give another output=, or remove {folder}") from None
     different = [name for name in identity if name != "path" and kept.get(name) != identity[name]]
     if different:
         raise ValueError(

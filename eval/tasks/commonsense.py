@@ -37,4 +37,10 @@ def lacks(task: str, settings: Settings) -> str | None:
     return None if folder is None or folder.is_dir() else f"no data in {folder}: {DOWNLOAD}"
 
 
-register(Family(name="commonsense", tasks=tuple(TASKS), run=run, lacks=lacks))
+def check(settings: Settings) -> None:
+    for task in settings.tasks:
+        if task.startswith(HARNESS_PREFIX) and harness.installed():
+            harness.check_name(task.removeprefix(HARNESS_PREFIX))
+
+
+register(Family(name="commonsense", tasks=tuple(TASKS), run=run, lacks=lacks, check=check))

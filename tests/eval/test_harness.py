@@ -1,6 +1,7 @@
 """lm-eval's requests answered by a session equal those answered by lm-eval's own model class."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +56,24 @@ def test_options_that_all_tie_are_no_answer() -> None:
 def test_an_unknown_lm_eval_task_is_named() -> None:
     with pytest.raises(ValueError, match="has no task 'piqqa'"):
         harness._load("piqqa", "piqa", None)
+
+
+def test_an_unknown_lm_eval_task_stops_the_command_before_a_model_is_loaded(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    from eval.run import main
+
+    # all of lm-eval's YAML files take a while to read; a folder of them will do
+    monkeypatch.setattr(harness, "_manager", lambda home, real=harness._manager: real(home or "piqa"))
+    words = ["model=scripted:oracle", "tasks=lm_eval:piqqa", f"output={tmp_path / 'out'}"]
+    assert main(words) == 2
+    assert "has no task 'piqqa'; did you mean piqa?" in capsys.readouterr().err
+
+
+def test_an_empty_option_is_an_error(tokenizer: Any, session: Callable, llama: Any) -> None:
+    own = harness.adapter(session(EvalModel(llama, tokenizer)), "t", lambda request: ())
+    with pytest.raises(ValueError, match="t 0/0: an option is empty"):
+        own.loglikelihood(requests(("a", "")))
 
 
 def test_sampled_answers_are_refused(tokenizer: Any, session: Callable, llama: Any) -> None:

@@ -1,6 +1,11 @@
 """The command: bad input ends with status 2 before a model is loaded; an interrupted run goes on."""
 
 import json
+import os
+import shutil
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ FAST = ["plots=false", "limit=2", "lengths=512"]
         ("corpus=nowhere", "does not exist"),
         ("device=abacus", "cannot be used"),
         ("dtype=int8", "expected bfloat16"),
+        ("tokenizer=nowhere", "the tokenizer in nowhere cannot be opened"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(argument: str, message: str, tmp_path: Path, capsys: Any) -> None:
@@ -45,6 +51,120 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path, tiny_folders: Any, 
     (tmp_path / "config.json").write_bytes((tiny_folders["gla"] / "config.json").read_bytes())
     assert main([f"model={tmp_path}", "tasks=mqar", f"output={tmp_path / 'out'}"]) == 2
     assert "has no weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[1]", "config.json is no JSON object"),
+        ("config.json", "{", "config.json is no JSON object"),
+        ("tokenizer.json", "{", "cannot be opened"),
+    ],
+)
+def test_a_damaged_folder_is_named_before_anything_is_written(
+    tmp_path: Path, tiny_folders: Any, capsys: Any, name: str, content: str, message: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folders["gla"], folder)
+    (folder / name).write_text(content)
+    assert main([f"model={folder}", "tasks=mqar", f"output={tmp_path / 'out'}"]) == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert str(folder) in told
+    assert message in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_transformers_that_are_cut_short_are_one_line(
+    tmp_path: Path, llama: Any, tokenizer: Any, capsys: Any
+) -> None:
+    llama.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    with open(tmp_path / "llama" / "model.safetensors", "r+b") as weights:
+        weights.truncate(5000)
+    assert main([f"model={tmp_path / 'llama'}", "tasks=mqar", f"output={tmp_path / 'out'}"]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: the weights of ")
+
+
+def test_one_model_named_twice_is_refused(tmp_path: Path, tiny_folders: Any, capsys: Any) -> None:
+    folder = tiny_folders["gla"]
+    models = f"model={folder},{folder.parent / '..' / folder.parent.name / folder.name}"
+    assert main([models, "tasks=mqar", f"output={tmp_path / 'out'}"]) == 2
+    assert "these are the same model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, capsys: Any, monkeypatch: Any, place: str
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("eval.opening.open_model", lambda *_: pytest.fail("loaded"))
+    assert main(["model=scripted:oracle", "tasks=mqar", f"output={tmp_path / place}"]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_a_damaged_record_of_the_model_is_named(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "scripted_oracle").mkdir()
+    (tmp_path / "scripted_oracle" / "model.json").write_text("{")
+    assert main(["model=scripted:oracle", "tasks=mqar", f"output={tmp_path}"]) == 2
+    assert "model.json is damaged" in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_foresaw_fails_its_task_alone(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("goal")
+
+    monkeypatch.setattr("eval.tasks.mqar.make_item", broken)
+    command = ["model=scripted:oracle", "tasks=mqar,passkey", f"output={tmp_path}", *FAST]
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert "failed mqar: KeyError: 'goal'" in told
+    (model,) = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert list(model["tasks"]) == ["passkey"]
+
+
+def test_a_model_that_diverged_has_no_score(
+    tmp_path: Path, tiny_folders: Any, data: Path, corpus: Path, capsys: Any
+) -> None:
+    from models import load_pretrained
+
+    model = load_pretrained(tiny_folders["gla"])
+    model.get_output_embeddings().weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    for file in tiny_folders["gla"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    command = [f"model={tmp_path / 'model'}", f"data={data}", f"corpus={corpus}", *FAST, "pairs=4"]
+    assert main([*command, "tasks=passkey,piqa,mqar,ppl", f"output={tmp_path / 'out'}"]) == 1
+    (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert not found["tasks"]
+    assert len(found["failed"]) == 4
+    assert all("not numbers (NaN)" in reason for reason in found["failed"].values())
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_signal_ends_a_run_that_can_go_on(tmp_path: Path, sent: signal.Signals, status: int) -> None:
+    import subprocess
+
+    command = [sys.executable, "-m", "eval", "model=scripted:oracle", "tasks=passkey", "lengths=4K"]
+    command += ["limit=3000", "plots=false", f"output={tmp_path}"]
+    file = tmp_path / "scripted_oracle" / "answers" / "passkey.jsonl"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        while run.poll() is None and not (file.exists() and file.stat().st_size):
+            time.sleep(0.05)
+        run.send_signal(sent)
+        _, told = run.communicate(timeout=600)
+    finally:
+        run.kill()
+    assert run.returncode == status
+    assert ("the same command goes on" in told) == (sent != signal.SIGKILL)
+    assert "Traceback" not in told
+    lines = file.read_text().splitlines()
+    assert 0 < len(lines) < 3000
+    assert all(json.loads(line)["score"] == 1.0 for line in lines)
 
 
 def test_the_tokenizer_of_another_model_is_refused(
@@ -138,8 +258,6 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(
 
 
 def test_the_output_of_another_model_is_refused(tmp_path: Path, tiny_folders: Any, capsys: Any) -> None:
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_folders["gla"], folder)
     command = [
@@ -186,8 +304,6 @@ def test_two_models_are_shown_side_by_side(tmp_path: Path, tiny_folders: Any, ca
 def test_a_prompt_beyond_the_tokenizers_length_fails_and_nothing_is_cut(
     tmp_path: Path, tiny_folders: Any, tokenizer: Any, capsys: Any
 ) -> None:
-    import shutil
-
     folder = tmp_path / "short"
     shutil.copytree(tiny_folders["gla"], folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
