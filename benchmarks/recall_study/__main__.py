@@ -129,7 +129,7 @@ def _plan(settings: Settings) -> int:
     print(f"{settings.name}, fingerprint {settings.fingerprint}; seeds in waves {waves(settings)}")
     for family in settings.families:
         main = len(settings.arms[family])
-        sweep = settings.sweep_best * len(other_props(settings))
+        sweep = settings.sweep_best * len(other_props(settings.of(family)))
         base = settings.of(family).base_steps + settings.base_decay_steps
         steps = seeds * (base + (main + sweep) * settings.post_steps)
         print(

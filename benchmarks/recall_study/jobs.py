@@ -55,7 +55,7 @@ def _wave(settings: Settings, store: Store, seeds: tuple[int, ...]) -> list[Job]
     """All jobs of these seeds, done or not, in order."""
     families = settings.families
     main = {f: [arm.name for arm in main_arms(settings, f)] for f in families}
-    swept = {f: [arm.name for arm in sweep_arms(settings, chosen(store, f))] for f in families}
+    swept = {f: [arm.name for arm in sweep_arms(settings.of(f), chosen(store, f))] for f in families}
     jobs = [Job("base", family, seed) for seed in seeds for family in families]
     jobs += [Job("arm", f, seed, name) for seed in seeds for f in families for name in main[f]]
     jobs += [Job("arm", f, seed, name) for f in families for seed in seeds for name in swept[f]]

@@ -2,12 +2,13 @@
 what stands between the two marks, which survives every rebuild."""
 
 import textwrap
+from collections.abc import Iterable
 
 from .arms import CONTROL, other_props
 from .settings import Settings
 from .store import Record
 from .summary import SATURATED, FamilyResult, family_results, recommended, settings_of, verdicts
-from .tables import along_table, base_table, cost_table, end_table, number, pairs_table
+from .tables import along_table, base_table, cost_table, end_table, number, pairs_table, seeds_table
 
 BEGIN, END = "<!-- written by hand, kept by the report -->", "<!-- end of what is written by hand -->"
 COMMAND = "python -m benchmarks.recall_study.report"
@@ -112,7 +113,7 @@ def _set_up(s: Settings, results: list[FamilyResult]) -> str:
         f"""Arms: from the same base, {s.post_steps} steps of {s.tokens_per_step:,}
         tokens, the same batches in the same order, {s.warmup_steps} steps of warm-up to {s.post_lr},
         cosine to 0. LPT expands nothing.""",
-        f"""Expanded: {_expanded(s)}, unless a table says otherwise. {_sweep(s, results)}""",
+        f"""Expanded: {_expanded(s)}, unless a table says otherwise. {_sweep(results)}""",
         f"""Recall: one example a row from a fresh state, its keys asked for with replacement up to the row's
         end. Tests: {_list(s.eval_pairs)} pairs, {s.eval_rows} rows of each, up to {s.eval_queries} questions
         a row; share of answers that are the most likely token. A model that guesses one of the values it has
@@ -168,16 +169,20 @@ def _own_lines(s: Settings) -> list[str]:
     return lines
 
 
-def _sweep(s: Settings, results: list[FamilyResult]) -> str:
+def _sweep(results: list[FamilyResult]) -> str:
     """Which arms the sweep of drop_prop followed."""
-    swept = [f"{FAMILY_NAMES.get(r.family, r.family)}: {', '.join(r.best)}" for r in results if r.best]
+    swept = []
+    for r in results:
+        name, props = FAMILY_NAMES.get(r.family, r.family), _list(other_props(r.settings))
+        if r.best:
+            swept.append(f"{name} {' and '.join(r.best)} with drop_prop {props}")
     if not swept:
         return "The sweep of drop_prop has not begun."
-    return f"""The arms with the best mean recall over the first seeds ({"; ".join(swept)}) also ran with
-        drop_prop {_list(tuple(other_props(s)))}."""
+    return f"""The arms with the best mean recall over the first seeds also ran with other layers
+        ({"; ".join(swept)})."""
 
 
-def _list(numbers: tuple[int, ...]) -> str:
+def _list(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
@@ -201,6 +206,7 @@ def _family(result: FamilyResult, pictures: list[str]) -> str:
     if pictures:
         parts += [f"![{name}: {_caption(path)}]({path})" for path in pictures]
     parts += ["Recall by number of pairs, at the end:", pairs_table(result)]
+    parts += ["Gain in mean recall over LPT, seed by seed:", seeds_table(result)]
     parts += ["Mean recall along post-training:", along_table(result)]
     parts += [
         prose("""Text loss and cost. Steps are given seed by seed: the first measured one from which the

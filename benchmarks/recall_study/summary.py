@@ -40,7 +40,13 @@ class FamilyResult:
 
     def gain(self, arm: str, step: int | None = None) -> Estimate | None:
         """Mean recall over the control's, paired by seed."""
-        return paired(self._values(arm, mean_recall, step), self._values(CONTROL, mean_recall, step))
+        gains = self.gains(arm, step)
+        return estimate(list(gains.values())) if gains else None
+
+    def gains(self, arm: str, step: int | None = None) -> dict[int, float]:
+        """What `gain` averages: seed -> mean recall over the control's, of the seeds that both have."""
+        ours, control = self._values(arm, mean_recall, step), self._values(CONTROL, mean_recall, step)
+        return {seed: ours[seed] - control[seed] for seed in sorted(set(ours) & set(control))}
 
     def text_cost(self, arm: str) -> Estimate | None:
         """Held-out text loss over the control's, paired by seed."""
@@ -130,7 +136,7 @@ def _family(settings: Settings, family: str, records: list[Record]) -> FamilyRes
             arms.setdefault(record["arm"], {})[record["seed"]] = record
     best = next((r["best"] for r in mine if r["kind"] == "choice"), [])
     order = [arm.name for arm in main_arms(settings, family)]
-    order += [arm.name for arm in sweep_arms(settings, best)]
+    order += [arm.name for arm in sweep_arms(settings.of(family), best)]
     order = [CONTROL, *(name for name in order if name != CONTROL)]
     ordered = {name: arms[name] for name in order if name in arms}
     return FamilyResult(

@@ -70,6 +70,21 @@ def pairs_table(result: FamilyResult) -> str:
     return markdown(rows)
 
 
+def seeds_table(result: FamilyResult) -> str:
+    """Gain in mean recall over the control by seed, and what its base had learned at the fewest pairs."""
+    fewest, seeds = min(result.settings.eval_pairs), sorted(result.bases)
+    learned = [result.bases[seed]["curve"][-1]["recall"][str(fewest)] for seed in seeds]
+    rows = [["", *(f"seed {seed}" for seed in seeds)]]
+    rows.append([f"base, recall at {fewest} pairs", *(f"{share:.3f}" for share in learned)])
+    for arm in result.arms:
+        if arm != CONTROL:
+            gains = result.gains(arm)
+            rows.append(
+                [f"`{arm}`", *(f"{gains[seed]:+.3f}" if seed in gains else NO_VALUE for seed in seeds)]
+            )
+    return markdown(rows)
+
+
 def along_table(result: FamilyResult) -> str:
     """Mean recall along post-training, and where an arm catches up with the control."""
     steps = _some(result.steps())

@@ -18,6 +18,7 @@ from benchmarks.recall_study.__main__ import main
 from benchmarks.recall_study.arms import expand, main_arms, parse_arm, sweep_arms
 from benchmarks.recall_study.corpus import load_corpus, sizes_at
 from benchmarks.recall_study.jobs import open_jobs
+from benchmarks.recall_study.measure import mean_recall
 from benchmarks.recall_study.runs import Bench, Job, base_file, build_base, run_job
 from benchmarks.recall_study.settings import REPOSITORY, from_dict, read_settings, to_dict
 from benchmarks.recall_study.store import Store, key_of, read_records
@@ -140,8 +141,15 @@ def test_the_whole_study_and_nothing_twice(command, cached, tmp_path):
     assert text.count("What a person saw.") == 1
     assert "has not been run yet" in text  # on a GPU
     assert "| `extend` | drop_prop=2 |" in text
+    gain = {seed: _end_of(file, seed, "extend") - _end_of(file, seed, "LPT") for seed in (0, 1)}
+    assert f"| `extend` | {gain[0]:+.3f} | {gain[1]:+.3f} |" in text
     for link in ("along", "pairs", "gain"):
         assert list((tmp_path / "docs/results").glob(f"micro-*-gla-{link}.png"))
+
+
+def _end_of(file: Path, seed: int, arm: str) -> float:
+    records = (r for r in read_records(file) if r["kind"] == "arm")
+    return mean_recall(next(r for r in records if (r["seed"], r["arm"]) == (seed, arm))["curve"][-1])
 
 
 @pytest.mark.usefixtures("signals")
