@@ -70,8 +70,8 @@ find_python() {
 CORPUS=output/quickstart/data
 make_corpus() {
     [ -e "$CORPUS/quickstart.json" ] || echo "$SCRIPT: making a corpus in $CORPUS" >&2
-    "$PYTHON" -m data.quickstart out="$CORPUS" text_share=0.2 recall_share=0.85 recall_pairs=4,4,8,16 recall_queries=16 \
-        recall_keys=16 vocabulary_size=1024 >&2 || exit
+    "$PYTHON" -m data.quickstart out="$CORPUS" text_share=0.2 recall_share=0.85 recall_pairs=4,4,8,16 recall_queries=30 \
+        recall_keys=16 recall_values=8 vocabulary_size=512 >&2 || exit
 }
 
 # The same recipe, small enough for a CPU: a tiny model from random weights on the quickstart's corpus.

@@ -22,7 +22,7 @@ echo "test: lint and format"
 echo "test: the tiny path, through the real scripts, with few steps"
 output=$(mktemp -d)
 trap 'rm -rf "$output"' EXIT
-bash scripts/mamba2_StateX.sh scale=tiny plan=true output_dir="$output"
+bash scripts/gla_StateX.sh scale=tiny plan=true output_dir="$output"
 bash scripts/quickstart.sh base_steps=4 post_steps=4 output_dir="$output"
 
 echo "test: pytest"
