@@ -206,7 +206,12 @@ def _family(result: FamilyResult, pictures: list[str]) -> str:
     if pictures:
         parts += [f"![{name}: {_caption(path)}]({path})" for path in pictures]
     parts += ["Recall by number of pairs, at the end:", pairs_table(result)]
-    parts += ["Gain in mean recall over LPT, seed by seed:", seeds_table(result)]
+    parts += [
+        prose("""Gain in mean recall over LPT, seed by seed. What limits a base that never learned the task
+        need not be its state; the last column leaves such seeds out, by the bar that the configuration had
+        set for a plateau (`plateau_learned`)."""),
+        seeds_table(result),
+    ]
     parts += ["Mean recall along post-training:", along_table(result)]
     parts += [
         prose("""Text loss and cost. Steps are given seed by seed: the first measured one from which the

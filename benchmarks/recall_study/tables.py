@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .arms import CONTROL, NOTHING
-from .statistics import Estimate
+from .statistics import Estimate, estimate
 from .summary import FamilyResult, expanded_of
 
 NO_VALUE = "-"
@@ -71,17 +71,20 @@ def pairs_table(result: FamilyResult) -> str:
 
 
 def seeds_table(result: FamilyResult) -> str:
-    """Gain in mean recall over the control by seed, and what its base had learned at the fewest pairs."""
-    fewest, seeds = min(result.settings.eval_pairs), sorted(result.bases)
-    learned = [result.bases[seed]["curve"][-1]["recall"][str(fewest)] for seed in seeds]
-    rows = [["", *(f"seed {seed}" for seed in seeds)]]
-    rows.append([f"base, recall at {fewest} pairs", *(f"{share:.3f}" for share in learned)])
+    """Gain in mean recall over the control by seed, and over those whose base had learned the task."""
+    s, seeds = result.settings, sorted(result.bases)
+    fewest = min(s.eval_pairs)
+    known = {seed: result.bases[seed]["curve"][-1]["recall"][str(fewest)] for seed in seeds}
+    rows = [["", *(f"seed {seed}" for seed in seeds), f"where the base has {s.plateau_learned} or more"]]
+    shares = (f"{known[seed]:.3f}" for seed in seeds)
+    rows.append([f"base, recall at {fewest} pairs", *shares, NO_VALUE])
     for arm in result.arms:
         if arm != CONTROL:
             gains = result.gains(arm)
-            rows.append(
-                [f"`{arm}`", *(f"{gains[seed]:+.3f}" if seed in gains else NO_VALUE for seed in seeds)]
-            )
+            shown = (f"{gains[seed]:+.3f}" if seed in gains else NO_VALUE for seed in seeds)
+            learned = [gain for seed, gain in gains.items() if known.get(seed, 0) >= s.plateau_learned]
+            mean = estimate(learned) if learned else None
+            rows.append([f"`{arm}`", *shown, _bold(number(mean, sign=True), mean)])
     return markdown(rows)
 
 
