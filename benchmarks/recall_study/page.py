@@ -283,8 +283,10 @@ def _rebuild() -> str:
 
 ```bash
 bash scripts/recall_study.sh                    # one GPU; 9 minutes, and again until it ends with status 0
-bash scripts/recall_study.sh config=configs/study/cpu.json    # reduced, on a CPU
+bash scripts/recall_study.sh config=configs/study/cpu.json results=output/cpu.jsonl    # on a CPU, a few hours
 {COMMAND}      # this page and its figures
 ```
+
+Runs that the raw file holds are not run again: `results=` names a file of your own.
 
 Raw records: `benchmarks/recall_study/results/`, an object a finished run, with all its measurements."""
