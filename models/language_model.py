@@ -19,6 +19,7 @@ from .blocks import HALF, RMSNorm, at_least_fp32, recomputed
 from .cache import LayerState, Packing, RecurrentCache
 from .config import LanguageModelConfig
 from .draw import Draw
+from .inputs import check_inputs, packed, packing_of, unpacked
 from .ops.cross_entropy import linear_cross_entropy
 from .saving import auto_map, bundle_code, complete_folder
 
@@ -233,11 +234,11 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: inputs that do not fit together.
         """
-        _check_inputs(input_ids, inputs_embeds, logits_to_keep)
+        check_inputs(input_ids, inputs_embeds, logits_to_keep)
         x = self.trunk.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
         cache, update = self._cache(past_key_values, use_cache, batch, labels)
-        packing = _packing(attention_mask, cu_seqlens, x, goes_on=past_key_values is not None)
+        packing = packing_of(attention_mask, cu_seqlens, x, goes_on=past_key_values is not None)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         streams = [] if keep else None
         plain = packing is None and labels is None and not keep and not isinstance(logits_to_keep, Tensor)
@@ -245,9 +246,9 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         loss, logits = None, cache.step(self, input_ids) if plain and length == 1 else None
         if logits is None:
             with self._half_precision(x.device.type):
-                x = _packed(x.to(self._residual_dtype(x)), packing)
+                x = packed(x.to(self._residual_dtype(x)), packing)
                 x = self.trunk.last_norm(self.trunk.run(x, cache, packing, update, streams))
-                x, *streams = (_unpacked(t, packing, length) for t in (x, *(streams or ())))
+                x, *streams = (unpacked(t, packing, length) for t in (x, *(streams or ())))
                 loss = None if labels is None else self._loss(x, labels, loss_reduction)
                 logits = self._logits(x, logits_to_keep, with_loss=labels is not None)
         if update:
@@ -359,56 +360,3 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             super().save_pretrained(folder, **kwargs)
         if push_to_hub:
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)))
-
-
-def _check_inputs(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep: int | Tensor
-) -> None:
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give either input_ids or inputs_embeds")
-    name, given, wanted = "input_ids", input_ids, "[B, T]"
-    if given is None:
-        name, given, wanted = "inputs_embeds", inputs_embeds, "[B, T, D]"
-    if given.dim() != wanted.count(",") + 1 or given.shape[1] == 0:
-        raise ValueError(f"{name} must be {wanted} with at least one token; got {list(given.shape)}")
-    if not isinstance(logits_to_keep, Tensor) and not (
-        isinstance(logits_to_keep, int) and logits_to_keep >= 0
-    ):
-        raise ValueError(
-            f"logits_to_keep={logits_to_keep!r} must be 0 (all positions), a number of last positions, or a "
-            "tensor of positions"
-        )
-
-
-def _packed(x: Tensor, packing: Packing | None) -> Tensor:
-    return x if packing is None else packing.pack(x)
-
-
-def _unpacked(x: Tensor, packing: Packing | None, length: int) -> Tensor:
-    return x if packing is None else packing.unpack(x, length)
-
-
-def _packing(
-    attention_mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor, goes_on: bool
-) -> Packing | None:
-    """None where every row of x [B, T, D] is one sequence without padding.
-
-    goes_on: x is a piece of what is read, which may be padding alone.
-    """
-    batch, length = x.shape[:2]
-    if cu_seqlens is not None:
-        if attention_mask is not None:
-            raise ValueError("give either attention_mask or cu_seqlens")
-        return Packing.of_documents(cu_seqlens.to(x.device), batch, length)
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
-        shape = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask {shape} does not fit a batch of {batch} x {length} tokens")
-    mask = attention_mask[:, -length:].to(x.device)
-    if bool(mask.all()):
-        return None
-    packing = Packing.of_mask(mask)
-    if not goes_on and not len(packing.rows):
-        raise ValueError("attention_mask holds no token: at least one position must be 1")
-    return packing
