@@ -61,7 +61,7 @@ class Mamba2Config(LanguageModelConfig):
     num_heads: int = 64
     head_dim: int = 64
     state_size: int = 128
-    expand: int = 2
+    expand: float = 2  # hidden_size * expand is num_heads * head_dim
     n_groups: int = 1
     conv_kernel: int = 4
     use_bias: bool = False
