@@ -91,7 +91,7 @@ def run(config: RunConfig) -> int:
         if distribution.is_main:
             write_description(config, model)
             state.metrics = MetricsLog(config, config.run_dir, state.progress.step)
-        announce(console, plan, checkpoint, levels)
+        announce(console, plan, distribution.describe(), checkpoint, levels)
         flops = plan.training_flops_per_token
         throughput = Throughput(world_size, flops, peak_flops(device))
         stopped = train(state, accumulation(config, world_size), throughput, stop, STARTED)

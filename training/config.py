@@ -89,6 +89,7 @@ class RunConfig:
 
     # checkpoints and records
     save_interval: int = 1000  # steps between checkpoints
+    save_last: bool = True  # a checkpoint at the last step too; false: a trial run that leaves its records
     keep_last: int = 0  # newest checkpoints kept; 0: all
     keep_every: int = 0  # besides keep_last, keep every checkpoint whose step is a multiple of this; 0: none
     log_interval: int = 1  # steps between records

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -54,6 +55,17 @@ class Distribution:
         self.optimizer = prepared.optimizer
         if self.uses_deepspeed:
             _check_engine(self.engine, self.config)
+
+    def describe(self) -> str:
+        """What came up, read from the parts themselves: collective, the processes that answer are counted."""
+        stage = f" ZeRO-{self.engine.zero_optimization_stage()}" if self.uses_deepspeed else ""
+        engine = type(self.engine).__name__ + stage
+        places = self.gather_objects(_place(self.device))
+        names = Counter(name for *_, name in set(places))  # ranks that share a device count once
+        devices = " and ".join(f"{count} x {name}" for name, count in names.items())
+        backend = dist.get_backend() if dist.is_initialized() else "no group"
+        kind = self.accelerator.distributed_type.value
+        return f"{kind}, {engine}, {len(places)} process(es) through {backend}, {devices}"
 
     def autocast(self) -> AbstractContextManager:
         """bf16 compute over fp32 parameters; DeepSpeed's engine enters its own."""
@@ -162,6 +174,14 @@ def start_distribution(config: RunConfig) -> Distribution:
     return Distribution(
         config, accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device
     )
+
+
+def _place(device: torch.device) -> tuple[str, str, str]:
+    """Machine, device on it, and the device's name."""
+    if device.type != "cuda":
+        return socket.gethostname(), "", device.type
+    properties = torch.cuda.get_device_properties(device)
+    return socket.gethostname(), str(getattr(properties, "uuid", device)), properties.name
 
 
 def _be_a_group_of_one() -> None:

@@ -190,7 +190,7 @@ def finish_step(run: Run, throughput: Throughput, stopped: bool) -> None:
         save(run)  # first of all: who sent the signal may not wait for a validation
     if run.validation and (last or (config.val_interval and step % config.val_interval == 0)):
         validate(run)
-    if not stopped and (last or step % config.save_interval == 0):
+    if not stopped and ((last and config.save_last) or step % config.save_interval == 0):
         save(run)
     throughput.exclude(time.perf_counter() - began)
 

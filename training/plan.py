@@ -55,7 +55,7 @@ class RunPlan:
     def _lines(self) -> list[tuple[str, str]]:
         config = self.config
         total = self.tokens_per_step * config.n_train_steps
-        count = math.ceil(config.n_train_steps / config.save_interval)
+        count = (math.ceil if config.save_last else math.floor)(config.n_train_steps / config.save_interval)
         size, every = self.checkpoint_bytes / 1e9, config.save_interval
         kept = min(count, config.keep_last) if config.keep_last else count
         gpu = "process" if config.launch == "cpu" else "GPU"

@@ -71,8 +71,10 @@ def write_description(config: RunConfig, model: LanguageModel) -> None:
     _write_json(config.run_dir / "model_config.json", model.config.to_dict())
 
 
-def announce(console: Console, plan: RunPlan, checkpoint: Path | None, levels: list[str]) -> None:
-    console.say(str(plan))
+def announce(
+    console: Console, plan: RunPlan, distribution: str, checkpoint: Path | None, levels: list[str]
+) -> None:
+    console.say(f"{plan}\n{'distribution':<22}{distribution}")
     if sorted(set(levels)) != sorted(set(plan.levels)):
         kinds = ", ".join(f"{kind} x{levels.count(kind)}" for kind in sorted(set(levels)))
         console.say(f"recompute, measured on this GPU: {kinds}")

@@ -110,6 +110,13 @@ def test_the_last_step_is_recorded_whatever_the_interval(world, tmp_path):
     assert [row["step"] for row in records(tmp_path)] == [1, 5, 8]
 
 
+def test_a_trial_run_leaves_its_records_and_no_checkpoint(world, tmp_path, capfd):
+    assert train.main([*run_arguments(world, tmp_path), "save_last=false", "save_interval=5"]) == 0
+    saved = sorted(path.name for path in (tmp_path / "p" / "model" / "r").glob("ckpt_*"))
+    assert (saved, records(tmp_path)[-1]["step"]) == (["ckpt_5"], 8)
+    assert "every 5 steps, 1 kept" in capfd.readouterr().out  # the plan counts alike
+
+
 def test_a_corpus_that_cannot_be_read_any_more_ends_the_run_in_one_line():
     def batches():
         yield {}
