@@ -12,8 +12,16 @@ from .items import Item
 
 
 def contains(answer: str, item: Item) -> float:
-    """Does any accepted text occur in the continuation, letter case aside ("Just read twice", 2407.05483)?"""
-    return float(any(text.lower() in answer.lower() for text in item.answers if text))
+    """Does any accepted text occur in the continuation ("Just read twice", 2407.05483)?
+
+    Letter case aside, and how wide white space is: answers in documents have double spaces and line breaks.
+    """
+    continuation = _plain(answer)
+    return float(any(_plain(text) in continuation for text in item.answers if text.strip()))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def contains_all(answer: str, item: Item) -> float:

@@ -3,13 +3,14 @@
 Zero-shot cloze: a document, then the beginning of a statement that a phrase of the document completes. The
 document is cut to `length - 50` tokens around the first occurrence of the answer. Greedy, up to 48 tokens or
 a line break; right when an accepted answer occurs in the continuation. The `_twice` variants give the
-question, the document, the document again, and the cloze.
+question, the document, the document again, and the cloze. Rows without a document or with an answer of fewer
+than two letters are left out, as in the published code: nearly every continuation contains a "2".
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..datafiles import DOWNLOAD, read_rows
@@ -19,6 +20,7 @@ from ..settings import Settings
 
 NEW_TOKENS = 48
 ANSWER_LENGTH = 50
+UNUSABLE = "which have no document or an answer of fewer than two letters"
 SUMMARY = "Summary of information above..."
 
 
@@ -52,7 +54,7 @@ def completion(row: dict[str, Any]) -> Question:
         cue = text[text.rindex(document) + len(document) :]
     else:
         document, _, cue = text.rpartition("\n") if "\n" in text else text.rpartition(". ")
-    return Question(document, cue.strip(" .\n"), row["question"].strip(), (row["value"].strip(),))
+    return Question(document, cue.lstrip(" .\n").rstrip(), row["question"].strip(), (row["value"].strip(),))
 
 
 def passage(row: dict[str, Any]) -> Question:
@@ -85,8 +87,22 @@ SOURCES = {
 TWICE = "_twice"
 
 
-def cut_around(document: str, answers: tuple[str, ...], tokenizer: Any, window: int) -> str:
-    """`window` tokens of the document with the first occurrence of an answer in the middle.
+def find_answer(document: str, answers: tuple[str, ...]) -> tuple[int, int] | None:
+    """Start and end of what the window is centred on: the first listed answer that the document has.
+
+    Words of their own come before parts of words: the answer 10 is not the beginning of 1034 or of 10,500.
+    """
+    texts = [r"\s+".join(map(re.escape, answer.split())) for answer in answers]
+    for before, after in ((r"(?<!\w)(?<!\d[.,])", r"(?!\w|[.,]\d)"), ("", "")):
+        for text in texts:
+            # no `lower()`: it makes some letters two, and every position after them another one's
+            if found := re.search(before + text + after, document, re.IGNORECASE):
+                return found.span()
+    return None
+
+
+def cut_around(document: str, at: tuple[int, int] | None, tokenizer: Any, window: int) -> str:
+    """`window` tokens of the document with the characters [start, end) of `at` in the middle.
 
     A document without the answer keeps its beginning. At the ends of the document the window moves, not
     shrinks.
@@ -97,9 +113,8 @@ def cut_around(document: str, answers: tuple[str, ...], tokenizer: Any, window: 
     offsets = encoded["offset_mapping"]
     if len(offsets) <= window:
         return document
-    found = [document.lower().find(answer.lower()) for answer in answers]
-    at, length = min(((at, len(a)) for at, a in zip(found, answers) if at >= 0), default=(0, 0))
-    inside = [i for i, (start, end) in enumerate(offsets) if end > at and start < at + length] or [0]
+    low, high = at or (0, 0)
+    inside = [i for i, (start, end) in enumerate(offsets) if end > low and start < high] or [0]
     middle = (inside[0] + inside[-1] + 1) // 2
     first = min(max(middle - window // 2, 0), len(offsets) - window)
     return document[offsets[first][0] : offsets[first + window - 1][1]]
@@ -116,16 +131,27 @@ def build(task: str, settings: Settings, tokenizer: Any) -> Iterator[Item]:
     source = SOURCES[task.removesuffix(TWICE)]
     for length in settings.recall_lengths:
         folder = settings.data / source.folder.format(length=length)
+        asked, index = 0, -1
         for index, row in enumerate(read_rows(folder, "validation", source.fields, ("answers",))):
-            if settings.limit is not None and index >= settings.limit:
+            if asked == settings.limit:
                 break
-            yield make_item(task, source.read(row), length, index, tokenizer, folder)
+            question = source.read(row)
+            if usable(question):
+                asked += 1
+                yield make_item(task, question, length, index, tokenizer)
+        else:
+            left_out = f"{index + 1 - asked} of {index + 1} rows left out"
+            if asked <= index:
+                print(f"{task} at {length} tokens: {left_out}, {UNUSABLE}", file=sys.stderr)
 
 
-def make_item(task: str, question: Question, length: int, index: int, tokenizer: Any, folder: Path) -> Item:
-    if not question.answers or not all(question.answers):
-        raise ValueError(f"{folder} row {index} has no answer")
-    document = cut_around(question.document, question.answers, tokenizer, length - ANSWER_LENGTH)
+def usable(question: Question) -> bool:
+    return bool(question.document) and bool(question.answers) and len(question.answers[0]) > 1
+
+
+def make_item(task: str, question: Question, length: int, index: int, tokenizer: Any) -> Item:
+    at = find_answer(question.document, question.answers)
+    document = cut_around(question.document, at, tokenizer, length - ANSWER_LENGTH)
     return Item(
         task=task,
         key=f"length={length}/{index}",
@@ -135,7 +161,7 @@ def make_item(task: str, question: Question, length: int, index: int, tokenizer:
         rule="contains",
         max_new_tokens=NEW_TOKENS,
         stop=("\n",),
-        group={"length": length},
+        group={"length": length, "answer_in_document": at is not None},
     )
 
 
