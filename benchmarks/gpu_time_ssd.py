@@ -10,18 +10,24 @@ from models.ops.ssd import ssd
 
 TOKENS, HEADS, HEAD_DIM = 65536, 64, 64
 OUTPUTS = {"ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-SCORES = {"ROWS": 64, "num_warps": 4, "num_stages": 3}
+SCORES = {"ROWS": 64, "num_warps": 8, "maxnreg": 128}
+MARCH = {"BLOCK_K": 64, "BLOCK_N": 128}
 CANDIDATES = {
     "states": [
         {"HEADS": 1, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
         {"HEADS": 2, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
     ],
     "outputs": [
+        OUTPUTS | {"maxnreg": 96},
         OUTPUTS | {"maxnreg": 128},
-        OUTPUTS | {"maxnreg": 168},
-        OUTPUTS | {"BLOCK_K": 32, "maxnreg": 128},
+        OUTPUTS | {"BLOCK_K": 32, "num_stages": 3, "maxnreg": 96},
     ],
-    "score_gradients": [SCORES | {"maxnreg": limit} for limit in (168, None, 128)],
+    "march": [
+        MARCH | {"STAGES": 3, "num_warps": 4},
+        MARCH | {"STAGES": 4, "num_warps": 4},
+        MARCH | {"STAGES": 3, "num_warps": 8},
+    ],
+    "score_gradients": [SCORES | {"STAGES": stages} for stages in (3, 4, 2)],
     "pass_gradients": [
         {"BLOCK": 256, "num_warps": 1},
         {"BLOCK": 128, "num_warps": 1},
@@ -95,13 +101,17 @@ class Pieces:
         self.dy = torch.randn_like(self.i["x"], memory_format=torch.contiguous_format)
         self.decays = ssd_triton.running_decays(self.shape, self.i["dt"], self.i["A"])
         self.scores = ssd_triton.chunk_scores(self.shape, self.i["B"], self.i["C"])
-        self.states = self.run_states(True)
+        self.large = state_size >= ssd_triton.LARGE_STATE
+        self.states = self.run_march() if self.large else self.run_states(True)
         self.gradients = self.states.clone()
         self.out = torch.empty_like(self.dy)
         self.keys = torch.empty_like(self.i["B"], memory_format=torch.contiguous_format)
 
     def run_states(self, forward=True):
         return ssd_triton.chunk_states(self.shape, self.i["x"], self.i["B"], self.decays, forward=forward)
+
+    def run_march(self):
+        return ssd_triton.march(self.shape, self.i["x"], self.i["B"], self.decays, None, False)[0]
 
     def run_outputs(self, forward):
         ssd_triton.outputs(
@@ -144,8 +154,9 @@ class Pieces:
         return {
             "states": [
                 (f"states fw={f}", lambda f=f: self.run_states(f), with_state, rows + state)
-                for f in (True, False)
+                for f in ((False,) if self.large else (True, False))
             ],
+            "march": [("march", self.run_march, with_state, rows + state)] if self.large else [],
             "outputs": [
                 (f"outputs fw={f}", lambda f=f: self.run_outputs(f), with_state + intra, 2 * rows + state)
                 for f in (True, False)

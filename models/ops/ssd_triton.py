@@ -22,6 +22,7 @@ from .ssd_triton_backward import (
 )
 from .ssd_triton_forward import (
     cumulative_kernel,
+    march_kernel,
     outputs_kernel,
     pass_states_kernel,
     scale_kernel,
@@ -34,7 +35,7 @@ try:
 except ImportError as error:
     raise ImportError("models/ops/ssd_triton.py needs triton") from error
 
-LARGE_STATE = 256  # from here on, what chunks add to the state is worth a library's product
+LARGE_STATE = 256  # from here on, products with the state are large enough for a library or a march
 
 # by number of bytes of an input element: tiles of each kernel, chosen on an H200. `maxnreg` bounds the
 # registers of a thread: these kernels wait for memory, and more of them then share a multiprocessor.
@@ -43,27 +44,33 @@ CONFIGS = {
         "chunk": {"Q": 256},
         "scores": {"ROWS": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
         "states": {"HEADS": 1, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+        "march": {"BLOCK_K": 64, "BLOCK_N": 128, "STAGES": 3, "num_warps": 4},
         "pass": {"BLOCK": 512, "num_warps": 4},
         # one warp: a sum over a block then crosses no barrier
         "pass_gradients": {"BLOCK": 256, "num_warps": 1},
         "outputs": {
-            "ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128,
+            "ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 96,
         },
-        "score_gradients": {"ROWS": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
-        "key_gradients": {"ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+        "score_gradients": {"ROWS": 64, "STAGES": 3, "num_warps": 8, "maxnreg": 128},
+        "key_gradients": {
+            "ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 128, "STAGES": 3, "num_warps": 4, "num_stages": 3,
+        },
         "steps": {"HEADS": 4, "num_warps": 4},
     },
     4: {
         "chunk": {"Q": 64},
         "scores": {"ROWS": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         "states": {"HEADS": 1, "BLOCK_K": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        "march": {"BLOCK_K": 32, "BLOCK_N": 64, "STAGES": 2, "num_warps": 4},
         "pass": {"BLOCK": 512, "num_warps": 4},
         "pass_gradients": {"BLOCK": 256, "num_warps": 1},
         "outputs": {
             "ROWS": 32, "BLOCK_K": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "maxnreg": None,
         },
-        "score_gradients": {"ROWS": 64, "num_warps": 8, "num_stages": 1, "maxnreg": None},
-        "key_gradients": {"ROWS": 64, "BLOCK_K": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        "score_gradients": {"ROWS": 64, "STAGES": 1, "num_warps": 8, "maxnreg": None},
+        "key_gradients": {
+            "ROWS": 64, "BLOCK_K": 32, "BLOCK_N": 32, "STAGES": 2, "num_warps": 4, "num_stages": 2,
+        },
         "steps": {"HEADS": 4, "num_warps": 4},
     },
 }  # fmt: skip
@@ -227,8 +234,11 @@ def start_scan(shape: Shape, inputs, output_final_state: bool) -> tuple[Scan, Te
     x, dt, A, B, C, _, initial_state = inputs
     decays = running_decays(shape, dt, A)
     scores = chunk_scores(shape, B, C)
-    states = chunk_states(shape, x, B, decays, forward=True)
-    final = pass_states(shape, states, decays, initial_state, output_final_state)
+    if shape.state_size >= LARGE_STATE:
+        states, final = march(shape, x, B, decays, initial_state, output_final_state)
+    else:
+        states = chunk_states(shape, x, B, decays, forward=True)
+        final = pass_states(shape, states, decays, initial_state, output_final_state)
     return Scan(decays, scores, states), final
 
 
@@ -294,8 +304,8 @@ def chunk_states(shape: Shape, values: Tensor, keys: Tensor, decays, *, forward:
     """What every chunk adds to the state (x and B), or (dy and C) asks of it: `[chunks, H, P, N]`."""
     sizes = shape.chunks, shape.heads, shape.head_dim, shape.state_size
     states = torch.empty(sizes, dtype=shape.state_dtype, device=keys.device)
-    if shape.regular and shape.state_size >= LARGE_STATE:
-        return large_chunk_states(shape, values, keys, decays, states, forward)
+    if not forward and shape.regular and shape.state_size >= LARGE_STATE:
+        return large_chunk_asks(shape, values, keys, decays, states)
     tiles = shape.tiles("states")
     grid = (shape.state_size // tiles["BLOCK_N"], shape.heads // tiles["HEADS"], shape.chunks)
     states_kernel[grid](
@@ -305,18 +315,18 @@ def chunk_states(shape: Shape, values: Tensor, keys: Tensor, decays, *, forward:
     return states
 
 
-def large_chunk_states(shape: Shape, values, keys, decays, states: Tensor, forward: bool) -> Tensor:
-    """`chunk_states` as one pass that scales the values and a library's batched product.
+def large_chunk_asks(shape: Shape, dy: Tensor, C: Tensor, decays, states: Tensor) -> Tensor:
+    """`chunk_states` of the backward pass: one pass that scales dy, and a library's batched product.
 
-    The values of all heads of a group meet the same keys: [H P, Q] times [Q, N] for every chunk.
+    dy of all heads of a group meet the same C: [H P, Q] times [Q, N] for every chunk.
     """
-    scaled = torch.empty_like(values, memory_format=torch.contiguous_format)
+    scaled = torch.empty_like(dy, memory_format=torch.contiguous_format)
     rows = min(64, shape.chunk)
     scale_kernel[(shape.chunk // rows, shape.heads, shape.chunks)](
-        values, *decays, scaled, values.stride(1), **shape.sizes("H", "P", "Q"), ROWS=rows, FORWARD=forward
+        dy, decays[0], scaled, dy.stride(1), **shape.sizes("H", "P", "Q"), ROWS=rows
     )
     scaled = scaled.view(shape.chunks, shape.chunk, shape.groups, -1)
-    keys = keys.flatten(0, 1).unflatten(0, (shape.chunks, shape.chunk))  # [chunks, Q, G, N]
+    keys = C.flatten(0, 1).unflatten(0, (shape.chunks, shape.chunk))  # [chunks, Q, G, N]
     out = states.view(shape.chunks, shape.groups, -1, shape.state_size)
     for group in range(shape.groups):
         torch.bmm(scaled[:, :, group].transpose(1, 2), keys[:, :, group], out=out[:, group])
@@ -334,6 +344,21 @@ def large_chunk_reads(shape: Shape, keys: Tensor, states: Tensor) -> Tensor:
     for group in range(shape.groups):
         torch.bmm(keys[:, :, group], states[:, group].transpose(1, 2), out=reads[:, :, group])
     return reads
+
+
+def march(
+    shape: Shape, x: Tensor, B: Tensor, decays, initial_state: Tensor | None, final: bool
+) -> tuple[Tensor, Tensor | None]:
+    """States in front of the chunks `[chunks, H, P, N]`; the final states `[S, H, P, N]` if asked for."""
+    sizes, tiles = (shape.heads, shape.head_dim, shape.state_size), shape.tiles("march")
+    states = torch.empty(shape.chunks, *sizes, dtype=shape.state_dtype, device=x.device)
+    last = torch.empty(shape.sequences, *sizes, dtype=torch.float32, device=x.device) if final else None
+    march_kernel[(shape.state_size // tiles["BLOCK_N"], shape.heads, shape.sequences)](
+        x, B, shape.start, shape.lengths, shape.first, *decays, states, initial_state, last,
+        x.stride(1), B.stride(1), **shape.sizes("H", "G", "P", "N", "Q"), **tiles,
+        HAS_INITIAL=initial_state is not None, HAS_FINAL=final, PRECISION=shape.precision,
+    )  # fmt: skip
+    return states, last
 
 
 def pass_states(
@@ -388,9 +413,8 @@ def score_gradients(shape: Shape, x: Tensor, dy: Tensor, scores: Tensor, decays,
         shape.chunks, shape.heads, count, shape.chunk, dtype=torch.float32, device=x.device
     )
     column_sums = torch.empty_like(row_sums)
-    dD = (
-        torch.zeros(shape.chunks, shape.heads, count, dtype=torch.float32, device=x.device) if has_D else None
-    )
+    new = torch.empty if shape.regular else torch.zeros  # chunks without tokens write nothing
+    dD = new(shape.chunks, shape.heads, shape.chunk, dtype=torch.float32, device=x.device) if has_D else None
     for diagonal, programs in ((True, count), (False, count**2)):
         if diagonal or count > 1:
             score_gradients_kernel[(programs, shape.groups, shape.chunks)](

@@ -57,13 +57,13 @@ def score_gradients_kernel(
     x_ptr, dy_ptr, scores_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr,
     dscores_ptr, row_sums_ptr, column_sums_ptr, dD_ptr, x_stride, dy_stride,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
-    DIAGONAL: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, DIAGONAL: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the scores, summed over the heads of a group, in tiles that touch j <= i.
 
     With pair_ij = (dy_i . x_j) decay(j, i] of one head: dscores_ij = sum over heads of pair_ij dt_j;
     row_sums[c, h, tile of j, i] = sum_j pair_ij scores_ij dt_j,
-    column_sums[c, h, tile of i, j] = sum_i pair_ij scores_ij.
+    column_sums[c, h, tile of i, j] = sum_i pair_ij scores_ij; dD[c, h, i] = dy_i . x_i.
     Grid: (Q / ROWS, G, chunks) for the tiles on the diagonal, ((Q / ROWS)^2, G, chunks) for the others.
     """
     tiles: tl.constexpr = Q // ROWS
@@ -79,35 +79,45 @@ def score_gradients_kernel(
     if length == 0:
         return
     i, j = tile_i * ROWS + tl.arange(0, ROWS), tile_j * ROWS + tl.arange(0, ROWS)
-    tile = (chunk * G + group) * (Q * Q) + i[:, None] * Q + j[None, :]
-    scores = tl.load(scores_ptr + tile).to(tl.float32)
+    inside_i, inside_j = (i < length)[:, None], (j < length)[:, None]
     causal = i[:, None] >= j[None, :]
+    tile = (chunk * G + group) * (Q * Q) + i[:, None] * Q + j[None, :]
+    scores = tl.load(scores_ptr + tile)
     if DIAGONAL:
         scores = tl.where(causal, scores, 0.0)
-    channels = tl.arange(0, P)
+    # 64-bit offsets are added to the pointers once; inside the loop 32 bits do
+    first = group * (H // G)
+    in_x = j[:, None] * x_stride + tl.arange(0, P)[None, :]
+    in_dy = i[:, None] * dy_stride + tl.arange(0, P)[None, :]
+    x_ptr += start * x_stride + first * P
+    dy_ptr += start * dy_stride + first * P
+    cumulative_ptr += (chunk * H + first) * Q
+    steps_ptr += (chunk * H + first) * Q
+    if HAS_D:
+        dD_ptr += (chunk * H + first) * Q
+    column_sums_ptr += (chunk * H + first) * (tiles * Q) + tile_i * Q
+    row_sums_ptr += (chunk * H + first) * (tiles * Q) + tile_j * Q
     dscores = tl.zeros([ROWS, ROWS], tl.float32)
-    for head in range(group * (H // G), (group + 1) * (H // G)):
-        base = chunk * (H * Q) + head * Q
-        x_at = x_ptr + (start + j)[:, None] * x_stride + head * P + channels[None, :]
-        dy_at = dy_ptr + (start + i)[:, None] * dy_stride + head * P + channels[None, :]
-        x = tl.load(x_at, mask=(j < length)[:, None], other=0.0)
-        dy = tl.load(dy_at, mask=(i < length)[:, None], other=0.0)
+    # with its stages named, a loop has all loads of the next heads on their way, not only the matrices'
+    for head in tl.range(0, H // G, num_stages=STAGES):
+        x = tl.load(x_ptr + head * P + in_x, mask=inside_j, other=0.0)
+        dy = tl.load(dy_ptr + head * P + in_dy, mask=inside_i, other=0.0)
+        cumulative_i = tl.load(cumulative_ptr + head * Q + i)
+        cumulative_j = tl.load(cumulative_ptr + head * Q + j)
+        steps = tl.load(steps_ptr + head * Q + j)
         pair = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
-        cumulative_i, cumulative_j = tl.load(cumulative_ptr + base + i), tl.load(cumulative_ptr + base + j)
-        steps = tl.load(steps_ptr + base + j)
         if DIAGONAL:
             if HAS_D:
-                at = (chunk * H + head) * tiles + tile_i
-                tl.store(dD_ptr + at, tl.sum(tl.where(i[:, None] == j[None, :], pair, 0.0)))
+                own = tl.where(i[:, None] == j[None, :], pair, 0.0)
+                tl.store(dD_ptr + head * Q + i, tl.sum(own, axis=1))
             pair = tl.where(causal, pair * tl.exp2(cumulative_i[:, None] - cumulative_j[None, :]), 0.0)
         else:
-            edge = tl.load(cumulative_ptr + base + tile_i * ROWS - 1)
+            edge = tl.load(cumulative_ptr + head * Q + tile_i * ROWS - 1)
             pair = pair * tl.exp2(cumulative_i - edge)[:, None] * tl.exp2(edge - cumulative_j)[None, :]
         dscores += pair * steps[None, :]
         pair *= scores
-        sums = (chunk * H + head) * (tiles * Q)
-        tl.store(column_sums_ptr + sums + tile_i * Q + j, tl.sum(pair, axis=0))
-        tl.store(row_sums_ptr + sums + tile_j * Q + i, tl.sum(pair * steps[None, :], axis=1))
+        tl.store(column_sums_ptr + head * (tiles * Q) + j, tl.sum(pair, axis=0))
+        tl.store(row_sums_ptr + head * (tiles * Q) + i, tl.sum(pair * steps[None, :], axis=1))
     tl.store(dscores_ptr + tile, dscores.to(dscores_ptr.dtype.element_ty))
 
 
@@ -116,7 +126,8 @@ def key_gradients_kernel(
     values_ptr, keys_ptr, others_ptr, states_ptr, dscores_ptr, start_ptr, length_ptr, cumulative_ptr,
     steps_ptr, out_ptr, sums_ptr, values_stride, keys_stride, others_stride, out_stride,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, QUERIES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dC (QUERIES) or dB, summed over the heads of a group.
 
@@ -133,29 +144,30 @@ def key_gradients_kernel(
     rows, channels = first_row + tl.arange(0, ROWS), tl.arange(0, P)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < length)[:, None]
-    keys = tl.load(
-        keys_ptr + (start + rows)[:, None] * keys_stride + group * N + columns[None, :],
-        mask=inside,
-        other=0.0,
-    )
-    keys = keys.to(tl.float32)
-    values_at = values_ptr + (start + rows)[:, None] * values_stride + channels[None, :]
+    keys_at = keys_ptr + start * keys_stride + group * N + rows[:, None] * keys_stride + columns[None, :]
+    keys = tl.load(keys_at, mask=inside, other=0.0).to(tl.float32)
+    first = group * (H // G)
+    values_ptr += start * values_stride + first * P
+    states_ptr += (chunk * H + first) * (P * N)
+    cumulative_ptr += (chunk * H + first) * Q
+    steps_ptr += (chunk * H + first) * Q
     chunks = tl.num_programs(2) // G
-    sums_at = sums_ptr + tl.program_id(1) * (chunks.to(tl.int64) * (H * Q)) + rows
+    sums_ptr += (tl.program_id(1) * chunks.to(tl.int64) + chunk) * (H * Q) + first * Q
+    in_values = rows[:, None] * values_stride + channels[None, :]
+    in_state = channels[:, None] * N + columns[None, :]
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for head in range(group * (H // G), (group + 1) * (H // G)):
-        base = chunk * (H * Q) + head * Q
-        values = tl.load(values_at + head * P, mask=inside, other=0.0)
-        states_at = states_ptr + (chunk * H + head) * (P * N) + channels[:, None] * N + columns[None, :]
-        read = tl.dot(values, tl.load(states_at), input_precision=PRECISION)
-        cumulative = tl.load(cumulative_ptr + base + rows)
+    for head in tl.range(0, H // G, num_stages=STAGES):
+        values = tl.load(values_ptr + head * P + in_values, mask=inside, other=0.0)
+        state = tl.load(states_ptr + head * (P * N) + in_state)
+        cumulative = tl.load(cumulative_ptr + head * Q + rows)
+        read = tl.dot(values, state, input_precision=PRECISION)
         if QUERIES:
             decay = tl.exp2(cumulative)
             scale = decay
         else:
-            decay = tl.exp2(tl.load(cumulative_ptr + base + Q - 1) - cumulative)
-            scale = decay * tl.load(steps_ptr + base + rows)
-        tl.store(sums_at + base, tl.sum(read * keys, axis=1) * decay)
+            decay = tl.exp2(tl.load(cumulative_ptr + head * Q + Q - 1) - cumulative)
+            scale = decay * tl.load(steps_ptr + head * Q + rows)
+        tl.store(sums_ptr + head * Q + rows, tl.sum(read * keys, axis=1) * decay)
         total += read * scale[:, None]
 
     others_at = others_ptr + start * others_stride + group * N + columns[None, :]

@@ -71,17 +71,16 @@ def _state_scale(cumulative_ptr, steps_ptr, at, last, FORWARD: tl.constexpr):
 
 @triton.jit
 def scale_kernel(
-    values_ptr, cumulative_ptr, steps_ptr, scaled_ptr, values_stride,
-    H: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, FORWARD: tl.constexpr,
+    values_ptr, cumulative_ptr, scaled_ptr, values_stride,
+    H: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """values times `_state_scale`, for full chunks. Grid: (Q / ROWS, H, chunks)."""
+    """values times the decay from the start of their chunk, for full chunks. Grid: (Q / ROWS, H, chunks)."""
     chunk, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
-    base = chunk * (H * Q) + head * Q
-    last = tl.load(cumulative_ptr + base + Q - 1)
     token, channel = (chunk * Q + rows)[:, None], head * P + channels[None, :]
     values = tl.load(values_ptr + token * values_stride + channel)
-    scaled = values * _state_scale(cumulative_ptr, steps_ptr, base + rows, last, FORWARD)[:, None]
+    decay = tl.exp2(tl.load(cumulative_ptr + chunk * (H * Q) + head * Q + rows))
+    scaled = values * decay[:, None]
     tl.store(scaled_ptr + token * (H * P) + channel, scaled.to(scaled_ptr.dtype.element_ty))
 
 
@@ -168,6 +167,58 @@ def pass_states_kernel(
 
 
 @triton.jit
+def march_kernel(
+    values_ptr, keys_ptr, start_ptr, length_ptr, first_ptr, cumulative_ptr, steps_ptr, states_ptr,
+    initial_ptr, final_ptr, values_stride, keys_stride,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`states_kernel` and `pass_states_kernel` in one: walks a sequence with a [P, BLOCK_N] tile of the state.
+
+    A large state then passes through memory once, not three times; a small one has too few tiles for a GPU.
+    Grid: (N / BLOCK_N, H, sequences).
+    """
+    sequence, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    first, end = tl.load(first_ptr + sequence), tl.load(first_ptr + sequence + 1)
+    begin = tl.load(start_ptr + first, mask=end > first, other=0)
+    stop = tl.load(start_ptr + end - 1, mask=end > first, other=0)
+    stop += tl.load(length_ptr + end - 1, mask=end > first, other=0)
+    channels, columns = tl.arange(0, P), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = tl.arange(0, BLOCK_K)
+    in_values = place[:, None] * values_stride + channels[None, :]
+    in_keys = place[:, None] * keys_stride + columns[None, :]
+    in_state = channels[:, None] * N + columns[None, :]
+    values_ptr += begin * values_stride + head * P
+    keys_ptr += begin * keys_stride + (head // (H // G)) * N
+    states_ptr += (first * H + head) * (P * N)
+    cumulative_ptr += (first * H + head) * Q
+    steps_ptr += (first * H + head) * Q
+    own = (sequence * H + head) * (P * N) + in_state
+    if HAS_INITIAL:
+        state = tl.load(initial_ptr + own).to(tl.float32)
+    else:
+        state = tl.zeros([P, BLOCK_N], tl.float32)
+    pieces: tl.constexpr = Q // BLOCK_K
+    for step in tl.range(0, (end - first) * pieces, num_stages=STAGES):
+        chunk, piece = step // pieces, step % pieces
+        token = step * BLOCK_K
+        inside = (place < stop - begin - token)[:, None]
+        values = tl.load(values_ptr + token * values_stride + in_values, mask=inside, other=0.0)
+        keys = tl.load(keys_ptr + token * keys_stride + in_keys, mask=inside, other=0.0)
+        at = chunk * (H * Q) + piece * BLOCK_K + place
+        last = tl.load(cumulative_ptr + chunk * (H * Q) + Q - 1)
+        scale = tl.exp2(last - tl.load(cumulative_ptr + at)) * tl.load(steps_ptr + at)
+        if piece == 0:
+            tl.store(states_ptr + chunk * (H * P * N) + in_state, state.to(states_ptr.dtype.element_ty))
+        state *= tl.exp2(tl.where(piece == 0, last, 0.0))
+        scaled = (values * scale[:, None]).to(keys.dtype)
+        state = tl.dot(tl.trans(scaled), keys, state, input_precision=PRECISION)
+    if HAS_FINAL:
+        tl.store(final_ptr + own, state)
+
+
+@triton.jit
 def _weights(scores_ptr, i, j, Q: tl.constexpr, FORWARD: tl.constexpr):
     """A tile of scores whose rows are queries (forward) or keys (backward)."""
     if FORWARD:
@@ -176,12 +227,23 @@ def _weights(scores_ptr, i, j, Q: tl.constexpr, FORWARD: tl.constexpr):
 
 
 @triton.jit
-def _diagonal(weights, rows, cumulative, cumulative_ptr, steps_ptr, base, FORWARD: tl.constexpr):
+def _edges(cumulative_ptr, first_row, Q: tl.constexpr, ROWS: tl.constexpr, FORWARD: tl.constexpr):
+    """Log decay at the edge between a tile of rows and the other tokens it meets, and decay from there to
+    the state."""
+    if FORWARD:
+        edge = tl.load(cumulative_ptr + first_row - 1, mask=first_row > 0, other=0.0)
+        return edge, tl.exp2(edge)
+    edge = tl.load(cumulative_ptr + first_row + ROWS - 1)
+    return edge, tl.exp2(tl.load(cumulative_ptr + Q - 1) - edge)
+
+
+@triton.jit
+def _diagonal(weights, rows, cumulative, cumulative_ptr, steps_ptr, FORWARD: tl.constexpr):
     """The tile of scores on the diagonal with its decays, zero on the side that comes later in time."""
-    other = tl.load(cumulative_ptr + base + rows)
+    other = tl.load(cumulative_ptr + rows)
     if FORWARD:
         causal = rows[:, None] >= rows[None, :]
-        decay = tl.exp2(cumulative[:, None] - other[None, :]) * tl.load(steps_ptr + base + rows)[None, :]
+        decay = tl.exp2(cumulative[:, None] - other[None, :]) * tl.load(steps_ptr + rows)[None, :]
     else:
         causal = rows[None, :] >= rows[:, None]
         decay = tl.exp2(other[None, :] - cumulative[:, None])
@@ -203,7 +265,8 @@ def outputs_kernel(
     dx_j = dt_j (sum_{i >= j} scores_ij decay(j, i] dy_i + decay(j, end] dstate B_j) + D dy_j
 
     Decays to tokens of other tiles are split at the tile's edge into a factor per row and one per column,
-    both at most one: only the tile on the diagonal takes an exponential per element.
+    both at most one: only the tile on the diagonal takes an exponential per element. It is loaded last:
+    held from the start, it would not fit the registers of a thread.
     Grid: (Q / ROWS, H, chunks).
     """
     chunk, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
@@ -212,32 +275,22 @@ def outputs_kernel(
     if first_row >= length:
         return
     group = head // (H // G)
-    rows, channels = first_row + tl.arange(0, ROWS), tl.arange(0, P)
+    rows, channels = first_row + tl.arange(0, ROWS), tl.arange(0, P)[None, :]
     inside = (rows < length)[:, None]
-    base = chunk * (H * Q) + head * Q
-    # needed last, asked for first: on their way while the other products run
-    values_at = values_ptr + start * values_stride + head * P + channels[None, :]
-    scores_at = scores_ptr + (chunk * G + group) * (Q * Q)
-    own_values = tl.load(values_at + rows[:, None] * values_stride, mask=inside, other=0.0)
-    own_weights = _weights(scores_at, rows, rows, Q, FORWARD)
-    cumulative = tl.load(cumulative_ptr + base + rows)
-    if FORWARD:
-        edge = tl.load(cumulative_ptr + base + first_row - 1, mask=first_row > 0, other=0.0)
-        state_factor = tl.exp2(edge)
-        row_factor = tl.exp2(cumulative - edge)
-        begin, end = 0, first_row
-    else:
-        edge = tl.load(cumulative_ptr + base + first_row + ROWS - 1)
-        state_factor = tl.exp2(tl.load(cumulative_ptr + base + Q - 1) - edge)
-        row_factor = tl.exp2(edge - cumulative)
-        begin, end = first_row + ROWS, length
+    # 64-bit offsets are added to the pointers once; inside a chunk 32 bits do
+    values_ptr += start * values_stride + head * P
+    out_ptr += start * out_stride + head * P
+    scores_ptr += (chunk * G + group) * (Q * Q)
+    cumulative_ptr += chunk * (H * Q) + head * Q
+    steps_ptr += chunk * (H * Q) + head * Q
+    edge, state_factor = _edges(cumulative_ptr, first_row, Q, ROWS, FORWARD)
 
     if HAS_READS:  # states_ptr holds, for full chunks, the products of keys and states
-        reads_at = states_ptr + (start + rows)[:, None] * (H * P) + head * P + channels[None, :]
-        total = tl.load(reads_at).to(tl.float32)
+        total = tl.load(states_ptr + start * (H * P) + head * P + rows[:, None] * (H * P) + channels)
+        total = total.to(tl.float32)
     else:
-        keys_at = keys_ptr + (start + rows)[:, None] * keys_stride + group * N
-        states_at = states_ptr + (chunk * H + head) * (P * N) + channels[:, None] * N
+        keys_at = keys_ptr + start * keys_stride + group * N + rows[:, None] * keys_stride
+        states_at = states_ptr + (chunk * H + head) * (P * N) + tl.arange(0, P)[:, None] * N
         total = tl.zeros([ROWS, P], tl.float32)
         for n in range(0, N, BLOCK_N):
             columns = n + tl.arange(0, BLOCK_N)[None, :]
@@ -246,25 +299,31 @@ def outputs_kernel(
             total = tl.dot(keys, tl.trans(state), total, input_precision=PRECISION)
     total *= state_factor
 
+    if FORWARD:
+        begin, end = 0, first_row
+    else:
+        begin, end = first_row + ROWS, length
     for k in range(begin, end, BLOCK_K):
         token = k + tl.arange(0, BLOCK_K)
-        other = tl.load(cumulative_ptr + base + token)
+        weights = _weights(scores_ptr, rows, token, Q, FORWARD)
+        inside_k = (token < length)[:, None]
+        values = tl.load(values_ptr + token[:, None] * values_stride + channels, mask=inside_k, other=0.0)
+        other = tl.load(cumulative_ptr + token)
         if FORWARD:
-            factor = tl.exp2(edge - other) * tl.load(steps_ptr + base + token)
+            factor = tl.exp2(edge - other) * tl.load(steps_ptr + token)
         else:
             factor = tl.exp2(other - edge)
-        weights = _weights(scores_at, rows, token, Q, FORWARD) * factor[None, :]
-        values = tl.load(
-            values_at + token[:, None] * values_stride, mask=(token < length)[:, None], other=0.0
-        )
-        total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
-    total *= row_factor[:, None]
+        weights = (weights * factor[None, :]).to(values.dtype)
+        total = tl.dot(weights, values, total, input_precision=PRECISION)
 
-    weights = _diagonal(own_weights, rows, cumulative, cumulative_ptr, steps_ptr, base, FORWARD)
-    total = tl.dot(weights.to(own_values.dtype), own_values, total, input_precision=PRECISION)
+    values = tl.load(values_ptr + rows[:, None] * values_stride + channels, mask=inside, other=0.0)
+    cumulative = tl.load(cumulative_ptr + rows)
+    total *= tl.exp2(cumulative - edge if FORWARD else edge - cumulative)[:, None]
+    weights = _weights(scores_ptr, rows, rows, Q, FORWARD)
+    weights = _diagonal(weights, rows, cumulative, cumulative_ptr, steps_ptr, FORWARD)
+    total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
     if not FORWARD:
-        total *= tl.load(steps_ptr + base + rows)[:, None]
+        total *= tl.load(steps_ptr + rows)[:, None]
     if HAS_D:
-        total += own_values * tl.load(D_ptr + head)
-    at = (start + rows)[:, None] * out_stride + head * P + channels[None, :]
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+        total += values * tl.load(D_ptr + head)
+    tl.store(out_ptr + rows[:, None] * out_stride + channels, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -16,11 +16,12 @@ SMALL = {
     "chunk": {"Q": 32},
     "scores": {"ROWS": 16, "BLOCK_N": 16},
     "states": {"HEADS": 2, "BLOCK_K": 16, "BLOCK_N": 16},
+    "march": {"BLOCK_K": 16, "BLOCK_N": 16, "STAGES": 2},
     "pass": {"BLOCK": 128},
     "pass_gradients": {"BLOCK": 128},
     "outputs": {"ROWS": 16, "BLOCK_K": 16, "BLOCK_N": 16},
-    "score_gradients": {"ROWS": 16},
-    "key_gradients": {"ROWS": 16, "BLOCK_K": 16, "BLOCK_N": 16},
+    "score_gradients": {"ROWS": 16, "STAGES": 2},
+    "key_gradients": {"ROWS": 16, "BLOCK_K": 16, "BLOCK_N": 16, "STAGES": 2},
     "steps": {"HEADS": 2},
 }
 
@@ -47,7 +48,7 @@ def test_kernels_equal_the_recurrence(kernels, batch, length, groups):
 
 
 @pytest.mark.parametrize(("batch", "groups"), [(1, 1), (2, 2)])
-def test_large_states_are_made_by_a_batched_product(kernels, batch, groups, monkeypatch):
+def test_large_states_take_the_march_and_batched_products(kernels, batch, groups, monkeypatch):
     from models.ops import ssd_triton
 
     monkeypatch.setattr(ssd_triton, "LARGE_STATE", 16)
@@ -57,8 +58,20 @@ def test_large_states_are_made_by_a_batched_product(kernels, batch, groups, monk
     assert_close(results_and_gradients(kernels, single(inputs), cu_seqlens=None), expected, 2e-5)
 
 
-@pytest.mark.parametrize("rows", [16, 32])
-def test_packed_sequences_do_not_see_each_other(kernels, rows, monkeypatch):
+def test_without_the_skip(kernels):
+    inputs = {name: t for name, t in make_inputs(1, 50, state_size=16).items() if name != "D"}
+    expected = results_and_gradients(ssd_recurrent, {**inputs, "D": None})
+    found = results_and_gradients(kernels, {**single(inputs), "D": None}, cu_seqlens=None)
+    assert_close(found, expected, 2e-5)
+
+
+@pytest.mark.parametrize(("rows", "large"), [(16, False), (32, False), (16, True)])
+def test_packed_sequences_do_not_see_each_other(kernels, rows, large, monkeypatch):
+    from models.ops import ssd_triton
+
+    if large:
+        monkeypatch.setattr(ssd_triton, "LARGE_STATE", 16)
+        monkeypatch.setattr(ssd_triton, "pass_states", None)  # not taken
     for kernel in ("outputs", "key_gradients"):
         monkeypatch.setitem(SMALL, kernel, {**SMALL[kernel], "ROWS": rows})
     cu_seqlens = torch.tensor([0, 1, 33, 33, 70])
