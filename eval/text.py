@@ -1,5 +1,6 @@
 """Generated text: the same on every machine, of any length, with needles at given depths."""
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -7,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .items import encode
+from .items import as_tokens, encode
+
+LONG = 2**16  # characters of a text that is tokenised sentence by sentence
 
 words = str.split  # each list below is drawn from by `pick`
 SUBJECTS = words("""
@@ -77,23 +80,64 @@ def spread(depths: Sequence[float], count: int) -> list[float]:
     return [depths[round(i * (len(depths) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
+def encode_long(tokenizer: Any, text: str, known: dict[str, list[int]]) -> np.ndarray:
+    """What `encode` answers, sooner for a long generated text: each different sentence is tokenised once.
+
+    A million tokens at once take seconds, which is as long as a GPU takes to read them. Tokenizers that
+    the beginnings of the sentences show to look across sentences get the whole text.
+
+    Args:
+        known: tokens of sentences, kept from call to call for one tokenizer.
+    """
+    if len(text) < LONG:
+        return encode(tokenizer, text)
+    first, *rest = sentences_of(text)
+    examples = list({sentence.split(" ", 1)[0]: sentence for sentence in rest}.values())
+    whole = encode(tokenizer, " ".join([first, *examples])).tolist()
+    for space in (" ", ""):  # the one between two sentences: tokenizers like Llama's put it there themselves
+        if _joined(tokenizer, space, first, examples, {}) == whole:
+            return as_tokens(_joined(tokenizer, space, first, rest, known))
+    return encode(tokenizer, text)
+
+
+def sentences_of(text: str) -> list[str]:
+    *all_but_last, last = text.split(". ")
+    return [*(f"{sentence}." for sentence in all_but_last), last]
+
+
+def _joined(
+    tokenizer: Any, space: str, first: str, rest: Sequence[str], known: dict[str, list[int]]
+) -> list[int]:
+    new = [sentence for sentence in dict.fromkeys(rest) if sentence not in known]
+    if new:
+        encoded = tokenizer([space + sentence for sentence in new], add_special_tokens=False, verbose=False)
+        known.update(zip(new, encoded["input_ids"], strict=True))
+    head = encode(tokenizer, first).tolist()
+    return [*head, *itertools.chain.from_iterable(known[sentence] for sentence in rest)]
+
+
 def fit(write: Callable[[int], str], tokenizer: Any, budget: int) -> np.ndarray:
     """Tokens of the longest text write(n units) within the budget, to about one unit.
 
     Raises:
         ValueError: not even one unit fits.
     """
-    least = len(encode(tokenizer, write(1)))
+    known: dict[str, list[int]] = {}
+
+    def tokens_of(units: int) -> np.ndarray:
+        return encode_long(tokenizer, write(units), known)
+
+    least = len(tokens_of(1))
     if least > budget:
         raise ValueError(
             f"a length that leaves {budget} tokens for the prompt is too short: the question alone takes "
             f"{least}; ask for a greater one"
         )
-    per_unit = max((len(encode(tokenizer, write(65))) - least) / 64, 1.0)
+    per_unit = max((len(tokens_of(65)) - least) / 64, 1.0)
     units = 1 + int((budget - least) / per_unit)
     best = None
     for _ in range(50):
-        tokens = encode(tokenizer, write(units))
+        tokens = tokens_of(units)
         room = budget - len(tokens)
         if room >= 0:
             best = tokens
@@ -104,4 +148,4 @@ def fit(write: Callable[[int], str], tokenizer: Any, budget: int) -> np.ndarray:
             return best
         else:
             units = max(units - max(1, math.ceil(-room / per_unit)), 1)
-    return encode(tokenizer, write(1)) if best is None else best
+    return tokens_of(1) if best is None else best
