@@ -73,13 +73,8 @@ class EvalModel:
 
     def longest(self) -> int | None:
         """Tokens that the model or its tokenizer allows, None without a limit."""
-        limits = []
-        if not self.recurrent and getattr(self.model.config, "max_position_embeddings", None):
-            limits.append(self.model.config.max_position_embeddings)
-        named = getattr(self.tokenizer, "model_max_length", None)
-        if named is not None and named < 10**9 and not self.allow_long:
-            limits.append(named)
-        return min(limits) if limits else None
+        window = None if self.recurrent else getattr(self.model.config, "max_position_embeddings", None)
+        return longest_prompt(window, self.tokenizer, self.allow_long)
 
     def check(self, item: Item) -> None:
         """Raises ValueError when the item is longer than the model or tokenizer allows."""
@@ -267,6 +262,14 @@ class EvalModel:
                 scores = logits[row, : targets.shape[1]].float()
                 losses[row].append(F.cross_entropy(scores, targets[row], reduction="none"))
         return [_bucketed(torch.cat(parts), len(item.tokens)) for parts, item in zip(losses, items)]
+
+
+def longest_prompt(window: int | None, tokenizer: Any, allow_long: bool) -> int | None:
+    """The smaller of a model's window and what the tokenizer's folder names; None without either."""
+    named = getattr(tokenizer, "model_max_length", None)
+    if named is None or named >= 10**9 or allow_long:  # transformers writes 10**30 for "not known"
+        named = None
+    return min((limit for limit in (window, named) if limit), default=None)
 
 
 def _check_numbers(items: Sequence[Item], logits: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +12,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from models.families import family_of
 from models.generate import load_model, load_tokenizer
 
-from .model import EvalModel
+from .model import EvalModel, longest_prompt
 from .scripted import SCRIPTED, ScriptedModel, byte_tokenizer
 from .settings import Settings
 
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
 WEIGHTS = ("*.safetensors", "*.bin")
 PREFIX = "scripted:"
+BYTES_PER_TOKEN = 512  # of a prompt while it is written and tokenised; measured up to 600 at a million tokens
 STARTING_POINT = "for a starting point: python huggingface/download.py --only gla-1.3B-100B"
 # what decides how text becomes tokens and where an answer ends
 TOKENIZER_PREFIXES = (
@@ -87,7 +90,7 @@ def folder_of(path: str) -> Path:
 
 
 def check_source(source: Source, settings: Settings) -> None:
-    """Raises ValueError for what can be seen without loading: no folder, no weights, no tokenizer."""
+    """Raises ValueError for what can be seen without loading: no weights, no tokenizer, too long prompts."""
     if source.scripted is not None:
         if source.scripted not in SCRIPTED:
             raise ValueError(f"model={source.path}: scripted models are {', '.join(SCRIPTED)}")
@@ -100,7 +103,7 @@ def check_source(source: Source, settings: Settings) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model={source.path} is no model folder: it has no config.json")
     try:
-        dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise ValueError(f"{folder / 'config.json'} is no JSON object: not a model's, or damaged") from None
     if not _weight_files(folder):
@@ -108,7 +111,22 @@ def check_source(source: Source, settings: Settings) -> None:
             f"model={source.path} has no weights (no file like {' or '.join(WEIGHTS)}); an interrupted "
             "download or save, or the folder above the checkpoint?"
         )
-    open_tokenizer(settings.tokenizer or str(folder))
+    tokenizer = open_tokenizer(settings.tokenizer or str(folder))
+    longest = longest_prompt(_window(config), tokenizer, settings.allow_long)
+    if longest is not None and max(settings.lengths or (0,)) > longest:
+        raise ValueError(
+            f"lengths={max(settings.lengths or ())}: {source.path} allows {longest} tokens, and no prompt "
+            "is ever cut; choose shorter ones (or allow_long=true, if it is the tokenizer's limit alone)"
+        )
+
+
+def _window(config: dict[str, Any]) -> int | None:
+    """What a model of transformers was built for; the models of this repository have no window."""
+    try:
+        family_of(config)
+    except ValueError:
+        return config.get("max_position_embeddings") or config.get("n_positions")
+    return None
 
 
 def open_tokenizer(folder: str) -> Any:
@@ -134,7 +152,16 @@ def dtype_of(settings: Settings) -> str | None:
 
 
 def check_machine(settings: Settings) -> None:
-    """Raises ValueError for a device that is not here, or a dtype that torch does not know."""
+    """Raises ValueError for an unknown device or dtype, and for prompts that the memory cannot hold."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for key in ("lengths", "distances", "shots"):
+        longest = max(getattr(settings, key) or (0,))
+        needed = longest * BYTES_PER_TOKEN
+        if needed > memory:
+            raise ValueError(
+                f"{key}={longest}: to write such a prompt takes some {needed / 1e9:,.0f} GB of memory, and "
+                f"this machine has {memory / 1e9:.0f} GB"
+            )
     device = device_of(settings)
     try:
         torch.empty(0, device=device)

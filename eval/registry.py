@@ -17,6 +17,10 @@ def nothing_missing(task: str, settings: Settings) -> str | None:
     return None
 
 
+def unknown_count(task: str, settings: Settings) -> int | None:
+    return None
+
+
 def no_check(settings: Settings) -> None:
     return None
 
@@ -31,6 +35,7 @@ class Family:
         run: instead of build, where a library scores by itself: (task, settings, session) -> records.
         lacks: (task, settings) -> what is missing and the command that brings it, or None.
         check: raises ValueError for settings that the family cannot work with.
+        count: (task, settings) -> how many items `build` makes, None where only the data tells.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Family:
     extra: tuple[str, ...] = ()
     lacks: Callable[[str, Settings], str | None] = nothing_missing
     check: Callable[[Settings], None] = no_check
+    count: Callable[[str, Settings], int | None] = unknown_count
 
 
 FAMILIES: dict[str, Family] = {}

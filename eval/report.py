@@ -61,14 +61,14 @@ def _lines(results: Results, plots: Sequence[Path]) -> Iterator[str]:
 
 
 def _models_table(results: Results) -> str:
-    rows = [["model", "path", "recurrent state (elements)", "seconds", "outside the model"]]
+    rows = [["model", "path", "recurrent state (elements)", "GPU memory", "seconds", "outside the model"]]
     for model in results["models"]:
         state = model.get("state_elements")
         # runs that found everything answered have spent no time in the model
         share = f"{100 * model['outside_share']:.1f} %" if model["outside_share"] is not None else "-"
-        rows.append(
-            [model["label"], model["path"], f"{state:,}" if state else "-", f"{model['seconds']:.1f}", share]
-        )
+        peak = f"{model['peak_gpu_gb']:.2f} GB" if model["peak_gpu_gb"] else "-"
+        size = f"{state:,}" if state else "-"
+        rows.append([model["label"], model["path"], size, peak, f"{model['seconds']:.1f}", share])
     return _aligned(rows)
 
 

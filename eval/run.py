@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from . import opening, report
 from .registry import Family, load_families, select
 from .session import Session
@@ -126,12 +128,17 @@ def evaluate(
 def run_model(source: Any, identity: dict[str, Any], settings: Settings, tasks: Tasks) -> dict[str, Any]:
     """All tasks with one model. A task that fails is noted, and the others go on."""
     began = time.perf_counter()
+    device = opening.device_of(settings)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds: dict[str, float] = {}
     with Store(settings.output / source.label, identity) as store:
         model = opening.open_model(source, settings)
         loaded = time.perf_counter()
         session = Session(model, store, opening.identity_key(identity))
         done, failed = {}, {}
         for family, task in tasks:
+            started = time.perf_counter()
             try:
                 records = run_one(family, task, settings, session)
                 if not records:
@@ -145,9 +152,9 @@ def run_model(source: Any, identity: dict[str, Any], settings: Settings, tasks: 
                 failed[task] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             if task in failed:
                 print(f"failed {task}: {failed[task]}", file=sys.stderr)
-    for task, seconds in session.seconds.items():
-        if task in done:
-            done[task].update(seconds=seconds, model_seconds=session.model_seconds.get(task, 0.0))
+            seconds[task] = time.perf_counter() - started
+    for task, summary in done.items():
+        summary.update(seconds=seconds[task], model_seconds=session.model_seconds.get(task, 0.0))
     inside = sum(session.model_seconds.values())
     return {
         "label": source.label,
@@ -156,7 +163,8 @@ def run_model(source: Any, identity: dict[str, Any], settings: Settings, tasks: 
         "state_elements": state_elements(model),
         "seconds": time.perf_counter() - began,
         "load_seconds": loaded - began,
-        "outside_share": 1 - inside / sum(session.seconds.values()) if inside else None,
+        "outside_share": 1 - inside / sum(seconds.values()) if inside else None,
+        "peak_gpu_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.startswith("cuda") else None,
         "tasks": done,
         "failed": failed,
     }
@@ -166,7 +174,8 @@ def run_one(family: Family, task: str, settings: Settings, session: Session) -> 
     if family.run is not None:
         return family.run(task, settings, session)
     assert family.build is not None
-    return session.run(task, family.build(task, settings, session.model.tokenizer))
+    items = family.build(task, settings, session.model.tokenizer)
+    return session.run(task, items, family.count(task, settings))
 
 
 def state_elements(model: Any) -> int | None:

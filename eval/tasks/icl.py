@@ -161,4 +161,8 @@ def lacks(task: str, settings: Settings) -> str | None:
     return f"no data in {settings.data / SOURCES[task]}: {DOWNLOAD}"
 
 
-register(Family(name="icl", tasks=(GENERATED, *SOURCES), build=build, lacks=lacks))
+def count(task: str, settings: Settings) -> int | None:
+    return len(settings.shots) * (settings.limit or DEFAULT_ITEMS) if task == GENERATED else None
+
+
+register(Family(name="icl", tasks=(GENERATED, *SOURCES), build=build, lacks=lacks, count=count))

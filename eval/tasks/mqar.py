@@ -84,5 +84,9 @@ def make_item(task: str, known: Alphabet, pairs: int, distance: int, index: int,
     )
 
 
-register(Family(name="mqar", tasks=("mqar",), build=build))
+def count(task: str, settings: Settings) -> int:
+    return len(settings.pairs) * len(settings.distances) * (settings.limit or DEFAULT_ITEMS)
+
+
+register(Family(name="mqar", tasks=("mqar",), build=build, count=count))
 assert N_KEYS >= 64  # the default `pairs`

@@ -102,4 +102,8 @@ def lacks(task: str, settings: Settings) -> str | None:
     return None if task in GENERATED else ruler.lacks(task, settings.data)
 
 
-register(Family(name="niah", tasks=(*GENERATED, *ruler.TASKS), build=build, lacks=lacks))
+def count(task: str, settings: Settings) -> int:
+    return len(settings.lengths_or(*DEFAULT_LENGTHS)) * (settings.limit or DEFAULT_ITEMS)
+
+
+register(Family(name="niah", tasks=(*GENERATED, *ruler.TASKS), build=build, lacks=lacks, count=count))

@@ -46,4 +46,8 @@ def build(task: str, settings: Settings, tokenizer: Any) -> Iterator[Item]:
             )
 
 
-register(Family(name="passkey", tasks=("passkey",), build=build))
+def count(task: str, settings: Settings) -> int:
+    return len(settings.lengths_or(*DEFAULT_LENGTHS)) * (settings.limit or DEFAULT_ITEMS)
+
+
+register(Family(name="passkey", tasks=("passkey",), build=build, count=count))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from eval.registry import select
 from eval.run import main
 from eval.scripted import Oracle
 
@@ -25,6 +26,9 @@ FAST = ["plots=false", "limit=2", "lengths=512"]
         ("taks=mqar", "did you mean tasks?"),
         ("lengths=12", "below 64"),
         ("lengths=4Q", "no whole number"),
+        ("lengths=1000000000000", "GB of memory"),
+        ("distances=1000000M", "GB of memory"),
+        ("shots=1000000000000", "GB of memory"),
         ("depths=1.5", "between 0"),
         ("limit=0", "at least 1"),
         ("pairs=0", "below 1"),
@@ -301,6 +305,33 @@ def test_two_models_are_shown_side_by_side(tmp_path: Path, tiny_folders: Any, ca
     assert "plots/passkey_depth.png" in report
 
 
+def test_a_length_beyond_the_window_of_a_transformer_is_refused_before_it_is_loaded(
+    tmp_path: Path, llama: Any, tokenizer: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    llama.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    monkeypatch.setattr("eval.opening.open_model", lambda *_: pytest.fail("loaded"))
+    command = [f"model={tmp_path / 'llama'}", "tasks=passkey", f"output={tmp_path / 'out'}"]
+    assert main([*command, "lengths=1K,2K", "allow_long=true"]) == 2
+    assert "lengths=2048: " in (told := capsys.readouterr().err)
+    assert "allows 1024 tokens" in told
+
+
+@pytest.mark.parametrize(
+    ("task", "total"),
+    [
+        ("passkey", 2 * 3),
+        ("niah_text", 2 * 3),
+        ("mqar", 3 * 2 * 3),
+        ("icl_topics", 3 * 3),
+        ("icl_sst2", None),
+    ],
+)
+def test_progress_knows_its_end(task: str, total: int | None, settings: Any) -> None:
+    ((family, _),) = select([task])
+    assert family.count(task, settings(limit=3, lengths="1K,2K")) == total
+
+
 def test_a_prompt_beyond_the_tokenizers_length_fails_and_nothing_is_cut(
     tmp_path: Path, tiny_folders: Any, tokenizer: Any, capsys: Any
 ) -> None:
@@ -309,7 +340,11 @@ def test_a_prompt_beyond_the_tokenizers_length_fails_and_nothing_is_cut(
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 600}))
     command = [f"model={folder}", "tasks=passkey", "limit=1", "plots=false", f"output={tmp_path / 'o'}"]
-    assert main([*command, "lengths=512,1024"]) == 1
+    assert main([*command, "lengths=512,1024"]) == 2
+    assert "lengths=1024: " in (told := capsys.readouterr().err)
+    assert "allows 600" in told
+    assert not (tmp_path / "o").exists()
+    assert main(command) == 1  # its own lengths, of which 1K is the first
     assert "allows 600" in capsys.readouterr().err
     assert main([*command, "lengths=512"]) == 0
     assert main([*command, "lengths=512,1024", "allow_long=true"]) == 0
