@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from .items import GENERATE, LOGLIKELIHOOD, Item, as_tokens, encode
 from .session import Session
@@ -27,8 +28,8 @@ def adapter(session: Session, task_name: str, is_gold: Callable[[Any], tuple[Any
 
     class SessionLM(LM):
         def _items(self, requests: Sequence[Any], make: Callable[[Any, str], Item]) -> list[Any]:
-            items = [make(request, f"{request.doc_id}/{request.idx}") for request in requests]
-            records = session.run(task_name, items, total=len(items))
+            items = (make(request, f"{request.doc_id}/{request.idx}") for request in requests)
+            records = session.run(task_name, items, total=len(requests))
             return [record["answer"] for record in records]
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -79,6 +80,8 @@ def _likelihood(
 
 
 def _likelihood_maker(tokenizer: Any, task: str, is_gold: Callable[[Any], tuple[Any, ...]]) -> Callable:
+    context_tokens = functools.lru_cache(maxsize=1)(lambda text: encode(tokenizer, text).tolist())
+
     def make(request: Any, key: str) -> Item:
         context, continuation = request.args
         # spaces at the border belong to the continuation: " word" is one token, as in lm-eval's own models
@@ -87,7 +90,7 @@ def _likelihood_maker(tokenizer: Any, task: str, is_gold: Callable[[Any], tuple[
         if not stripped:
             body = encode(tokenizer, continuation, special=False).tolist()
             return _likelihood(task, key, _start(tokenizer), body, is_gold(request))
-        before = encode(tokenizer, stripped).tolist()
+        before = context_tokens(stripped)  # the same for all options of a question
         whole = encode(tokenizer, stripped + continuation).tolist()
         return _likelihood(task, key, before, whole[len(before) :], is_gold(request))
 
@@ -125,12 +128,15 @@ def run_task(
         ValueError: lm-eval does not know the task, or its data cannot be had.
     """
     task = _load(name, home, folder)
-    from lm_eval import evaluator
+    from lm_eval import evaluator, utils
 
     model = adapter(session, label, lambda request: gold_of(task, request))
-    results = evaluator.evaluate(
-        model, {"tasks": {name: task}, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=0
-    )
+    # lm-eval compiles a prompt's template anew for each document, which takes longer than all else it does
+    compiled = functools.cache(utils.env.from_string)
+    with mock.patch.object(utils.env, "from_string", compiled):
+        results = evaluator.evaluate(
+            model, {"tasks": {name: task}, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=0
+        )
     return [_record(label, sample) for sample in results["samples"][name]]
 
 
