@@ -107,17 +107,16 @@ def cut_around(document: str, at: tuple[int, int] | None, tokenizer: Any, window
     A document without the answer keeps its beginning. At the ends of the document the window moves, not
     shrinks.
     """
-    encoded = tokenizer(
-        document, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
-    )
-    offsets = encoded["offset_mapping"]
-    if len(offsets) <= window:
+    encoded = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)
+    length = len(encoded["input_ids"])
+    if length <= window:
         return document
-    low, high = at or (0, 0)
-    inside = [i for i, (start, end) in enumerate(offsets) if end > low and start < high] or [0]
+    tokens = [encoded.char_to_token(character) for character in range(*(at or (0, 0)))]
+    inside = [token for token in tokens if token is not None] or [0]
     middle = (inside[0] + inside[-1] + 1) // 2
-    first = min(max(middle - window // 2, 0), len(offsets) - window)
-    return document[offsets[first][0] : offsets[first + window - 1][1]]
+    first = min(max(middle - window // 2, 0), length - window)
+    start, end = encoded.token_to_chars(first).start, encoded.token_to_chars(first + window - 1).end
+    return document[start:end]
 
 
 def prompt(question: Question, document: str, twice: bool) -> str:

@@ -23,6 +23,9 @@ def item(*answers: Any, **fields: Any) -> Item:
         ("contains", " It is LIMA, I think", ("Lima",), 1.0),
         ("contains", " Oslo", ("Lima", "oslo"), 1.0),
         ("contains", "", ("Lima",), 0.0),
+        ("contains", " in New York", ("New \n York",), 1.0),
+        ("contains", " NewYork", ("New York",), 0.0),
+        ("contains", " anything", (" ",), 0.0),
         ("contains", " (c++)", ("C++",), 1.0),  # no pattern, a text
         ("contains_all", " 12 or 34", ("12", "56"), 0.5),
         ("first_number", " 12345.", ("12345",), 1.0),

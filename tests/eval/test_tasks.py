@@ -14,10 +14,11 @@ import pytest
 
 from eval import ruler
 from eval.datafiles import read_rows
+from eval.items import encode
 from eval.registry import select
 from eval.settings import Settings
 from eval.tasks import icl, mqar, niah, passkey, recall
-from eval.text import spread, with_needles
+from eval.text import encode_long, spread, with_needles
 
 from .conftest import FACTS, recall_rows
 
@@ -102,14 +103,69 @@ def test_the_document_is_cut_around_the_first_answer(place: float, tokenizer: An
     words[at] = "LIMA"
     words.append("lima")
     document = " ".join(words)
-    cut = recall.cut_around(document, ("absent", "Lima"), tokenizer, 200)
+    cut = recall.cut_around(document, recall.find_answer(document, ("absent", "Lima")), tokenizer, 200)
     assert cut in document
     assert len(tokenizer(cut)["input_ids"]) == 200
     before = cut.index("LIMA")
     whole = document.index("LIMA")
     expected = min(max(whole + 2 - 100, 0), len(document) - 200)  # a byte a token
     assert whole - before == expected
-    assert recall.cut_around("short", ("x",), tokenizer, 200) == "short"
+    assert recall.cut_around("short", None, tokenizer, 200) == "short"
+    assert recall.cut_around(document, None, tokenizer, 200) == document[:200]
+
+
+@pytest.mark.parametrize(
+    ("document", "answers", "found"),
+    [
+        ("In 1034 there were 10 of them.", ("10",), (19, 21)),  # no part of another number
+        ("Some 7,791 people, 7.5 each, 7 in all.", ("7",), (29, 30)),
+        ("Northern roads: no.", ("No",), (16, 18)),
+        ("It was Lima. Oslo too.", ("Oslo", "Lima"), (13, 17)),  # the first listed, not the first to come
+        ("It was Lima.", ("Oslo", "Lima"), (7, 11)),
+        ("Postmodernism.", ("modern",), (4, 10)),  # a part of a word where it stands nowhere else
+        ("a New \n York b", ("New York",), (2, 12)),
+        ("\u0130\u0130\u0130 x Lima", ("lima",), (6, 10)),  # each of these letters is two in lower case
+        ("東京は日本の首都。", ("日本",), (3, 5)),
+        ("in C++ (1985)", ("c++",), (3, 6)),  # no pattern, a text
+        ("nothing", ("Lima",), None),
+    ],
+)
+def test_where_an_answer_stands(document: str, answers: tuple[str, ...], found: Any) -> None:
+    assert recall.find_answer(document, answers) == found
+
+
+def test_rows_that_ask_nothing_are_left_out_and_counted(
+    settings: Callable[..., Settings], tokenizer: Any, tmp_path: Path, capsys: Any
+) -> None:
+    rows = [
+        {"context": context, "question": "It is", "orig_question": "What?", "answers": answers}
+        for context, answers in (
+            ("It is Lima.", ["Lima"]),
+            ("[DOC] [TLE]", ["Lima"]),
+            ("It is 2.", ["2", "two"]),
+            ("It is here.", []),
+            ("It is there.", [" "]),
+            ("Nobody knows.", ["Oslo", ""]),
+        )
+    ]
+    (tmp_path / "based_drop").mkdir()
+    (tmp_path / "based_drop" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = items_of("drop", settings(data=tmp_path, lengths="512"), tokenizer)
+    assert [item.key for item in items] == ["length=512/0", "length=512/5"]
+    assert [item.group["answer_in_document"] for item in items] == [True, False]
+    assert "drop at 512 tokens: 4 of 6 rows left out" in capsys.readouterr().err
+    (first,) = items_of("drop", settings(data=tmp_path, lengths="512", limit=1), tokenizer)
+    assert first.key == "length=512/0"
+
+
+def test_a_statement_that_breaks_off_at_a_full_stop_keeps_it() -> None:
+    row = {
+        "context": "He met Dr. Ada.",
+        "text": "He met Dr. Ada. He met Dr.",
+        "question": "Who?",
+        "value": "Ada",
+    }
+    assert recall.completion(row).cue == "He met Dr."
 
 
 def test_recall_keeps_the_answer_at_every_length(settings: Callable[..., Settings], tokenizer: Any) -> None:
@@ -157,6 +213,37 @@ def test_a_length_without_room_for_the_question_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match="too short"):
         items_of("niah_text", settings(lengths="256"), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words", "prefix", "whole"])
+def test_long_texts_are_tokenised_by_sentence_as_they_are_at_once(
+    kind: str, tokenizer: Any, word_tokenizer: Any, monkeypatch: Any
+) -> None:
+    known = {"bytes": tokenizer, "whole": word_tokenizer}.get(kind) or bpe(kind)
+    monkeypatch.setattr("eval.text.LONG", 200)
+    for text in (passkey.write(50, "12345", 0.5), niah.Haystack("seed", 0.3, 4).write(60)):
+        assert np.array_equal(encode_long(known, text, {}), encode(known, text))
+
+
+def bpe(kind: str) -> Any:
+    """Tokenizers of the two usual makes, trained on the spot: the space belongs to the word behind it, and
+    is written with it ("words", as GPT-NeoX's) or put in front of a whole text too ("prefix", as Llama's)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "words":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    text = [passkey.write(3, "1234567890", 0.5), niah.Haystack("seed", 0.5, 4).write(99)]
+    special = ["<unk>", "<s>"]
+    backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+    if kind == "prefix":
+        backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
 
 
 def test_a_million_tokens_are_written_within_seconds(
