@@ -93,8 +93,11 @@ def build(name: str, drop_prop: int) -> Any:
     return draw_weights(model, device()).eval()
 
 
-def rate(model: EvalModel, count: int, new_tokens: int, graphs: bool | None) -> float:
-    """Decoding tokens/s: a long generation less a one-token one, behind a short prompt."""
+def rate(model: EvalModel, count: int, new_tokens: int, graphs: bool | None) -> float | None:
+    """Decoding tokens/s: a long generation less a one-token one, behind a short prompt.
+
+    None where both took as long: too few tokens, or a machine that others use.
+    """
     model.decoder = GraphedDecoder(model.model, graphs)
     one, many = (prompts(count, SHORT, n, VOCABULARY) for n in (1, 1 + new_tokens))
     model.answer(prompts(count, SHORT, 3, VOCABULARY))  # compiles, and captures
@@ -102,7 +105,7 @@ def rate(model: EvalModel, count: int, new_tokens: int, graphs: bool | None) -> 
     both = min(timed(lambda: model.answer(many)) for _ in range(2))
     model.decoder.close()
     model.decoder = GraphedDecoder(model.model)
-    return count * new_tokens / max(both - reading, 1e-9)
+    return count * new_tokens / (both - reading) if both > reading else None
 
 
 def measure(model: EvalModel, count: int, arguments: Arguments) -> dict[str, float | None]:
