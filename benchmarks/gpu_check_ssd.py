@@ -3,7 +3,7 @@
     python benchmarks/gpu_check_ssd.py [quick] [seconds=600]
 
 Prints a table of relative errors by norm (forward and every gradient; NaN is a FAIL), then times of whole
-passes and of each kernel with a few launch configurations (benchmarks/gpu_time_ssd.py), beside mamba_ssm
+passes and of each kernel (benchmarks/gpu_time_ssd.py; benchmarks/tune_ssd.py tunes them), beside mamba_ssm
 where it is installed. A section that fails is printed and the others go on; one that would begin after
 `seconds` is left out, and says so. mamba_ssm's own errors: benchmarks/gpu_check_backends.py.
 """
@@ -24,7 +24,7 @@ with contextlib.suppress(ImportError):  # narrows the autotuners of the packages
 
 import torch
 
-from benchmarks.gpu_time_ssd import CANDIDATES, CONVOLUTIONS, TOKENS, time_conv, time_pieces, time_whole
+from benchmarks.gpu_time_ssd import CONVOLUTIONS, TOKENS, time_conv, time_pieces, time_whole
 from models.ops.conv import causal_conv1d
 from models.ops.ssd import ssd, ssd_packed
 
@@ -181,8 +181,7 @@ def warm_compiler_cache(workers=16):
             for n in (128, 512) for d in LIMIT for p in (False, True)]  # fmt: skip
     jobs += [(check_conv, ("triton",), (dtype,), (65,)) for dtype in LIMIT]
     jobs += [(time_conv, "triton", 4352, 1024, config) for config in CONVOLUTIONS]
-    jobs += [(time_pieces, n, 256, 1024, (k,)) for k in CANDIDATES for n in (128, 512)]
-    jobs += [(time_pieces, n, 256, 1024, ("pass", "key_gradients", "steps", "others")) for n in (128, 512)]
+    jobs += [(time_pieces, n, 256, 1024) for n in (128, 512)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for job in [pool.submit(_warm, *one) for one in jobs]:
             job.result()

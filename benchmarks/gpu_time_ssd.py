@@ -1,7 +1,5 @@
 """Times of the SSD and convolution kernels at 65,536 tokens: benchmarks/gpu_check_ssd.py runs them."""
 
-import contextlib
-
 import torch
 
 from models.ops import conv_triton, ssd_triton
@@ -9,31 +7,6 @@ from models.ops.conv import causal_conv1d
 from models.ops.ssd import ssd
 
 TOKENS, HEADS, HEAD_DIM = 65536, 64, 64
-OUTPUTS = {"ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-SCORES = {"ROWS": 64, "num_warps": 8, "maxnreg": 128}
-MARCH = {"BLOCK_K": 64, "BLOCK_N": 128}
-CANDIDATES = {
-    "states": [
-        {"HEADS": 1, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
-        {"HEADS": 2, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
-    ],
-    "outputs": [
-        OUTPUTS | {"maxnreg": 96},
-        OUTPUTS | {"maxnreg": 128},
-        OUTPUTS | {"BLOCK_K": 32, "num_stages": 3, "maxnreg": 96},
-    ],
-    "march": [
-        MARCH | {"STAGES": 3, "num_warps": 4},
-        MARCH | {"STAGES": 4, "num_warps": 4},
-        MARCH | {"STAGES": 3, "num_warps": 8},
-    ],
-    "score_gradients": [SCORES | {"STAGES": stages} for stages in (3, 4, 2)],
-    "pass_gradients": [
-        {"BLOCK": 256, "num_warps": 1},
-        {"BLOCK": 128, "num_warps": 1},
-        {"BLOCK": 2048, "num_warps": 8},
-    ],
-}
 CONVOLUTIONS = [
     {"TOKENS": 128, "BLOCK": 256, "num_warps": 2},
     {"TOKENS": 128, "BLOCK": 256, "num_warps": 1},
@@ -125,10 +98,11 @@ class Pieces:
             self.out,
             forward=forward,
         )
+        return self.out
 
     def run_keys(self, queries):
         i = self.i
-        return ssd_triton.key_gradients(
+        ssd_triton.key_gradients(
             self.shape,
             i["x"],
             i["B"],
@@ -139,6 +113,20 @@ class Pieces:
             self.keys,
             queries=queries,
         )
+        return self.keys
+
+    def run_scores(self):
+        return ssd_triton.score_gradients(self.shape, self.i["x"], self.dy, self.scores, self.decays, True)
+
+    def launches(self):
+        """Kernel -> its launches, for the kernels that benchmarks/tune_ssd.py tunes."""
+        forward = self.run_march if self.large else lambda: self.run_states(True)
+        return {
+            "outputs": [lambda: self.run_outputs(True), lambda: self.run_outputs(False)],
+            "score_gradients": [lambda: self.run_scores()[0].tril()],  # above, nothing is written
+            "key_gradients": [lambda: self.run_keys(True), lambda: self.run_keys(False)],
+            "march" if self.large else "states": [forward],
+        }
 
     def table(self):
         """Kernel -> [(label, function, FLOPs, bytes)]."""
@@ -148,9 +136,7 @@ class Pieces:
         with_state = 2.0 * tokens * HEADS * HEAD_DIM * state_size
         intra = 1.0 * tokens * chunk * HEADS * HEAD_DIM
         s, d = self.shape, self.decays
-        sums = None
-        with contextlib.suppress(Exception):
-            sums = self.sums()
+        sums = self.sums()
         return {
             "states": [
                 (f"states fw={f}", lambda f=f: self.run_states(f), with_state, rows + state)
@@ -161,14 +147,7 @@ class Pieces:
                 (f"outputs fw={f}", lambda f=f: self.run_outputs(f), with_state + intra, 2 * rows + state)
                 for f in (True, False)
             ],
-            "score_gradients": [
-                (
-                    "score_gradients",
-                    lambda: ssd_triton.score_gradients(s, self.i["x"], self.dy, self.scores, d, True),
-                    intra,
-                    2 * rows,
-                )
-            ],
+            "score_gradients": [("score_gradients", self.run_scores, intra, 2 * rows)],
             "key_gradients": [
                 (f"key_gradients q={q}", lambda q=q: self.run_keys(q), with_state, rows + state)
                 for q in (True, False)
@@ -209,38 +188,30 @@ class Pieces:
         }
 
     def sums(self):
-        _, row_sums, column_sums, _ = ssd_triton.score_gradients(
-            self.shape, self.i["x"], self.dy, self.scores, self.decays, True
+        i, s, d = self.i, self.shape, self.decays
+        _, row_sums, column_sums, _ = self.run_scores()
+        read, added = (
+            ssd_triton.key_gradients(
+                s, i["x"], i["B"], i["C"], self.states, self.scores, d, self.keys, queries=queries
+            )
+            for queries in (True, False)
         )
-        read, added = self.run_keys(True), self.run_keys(False)
-        parts, _ = ssd_triton.pass_gradients(self.shape, self.gradients, self.states, self.decays, None, None)
+        parts, _ = ssd_triton.pass_gradients(s, self.gradients, self.states, d, None, None)
         return (row_sums, column_sums, read, added), parts
 
 
-def time_pieces(state_size, chunk, tokens=TOKENS, only=None):
-    """Times every kernel with every candidate; with few tokens this only fills the compiler's cache."""
-    pieces = Pieces(state_size, chunk, tokens)
-    for kernel, rows in pieces.table().items():
-        if only and kernel not in only:
-            continue
-        for candidate in CANDIDATES.get(kernel, [None]):
-            if candidate:
-                pieces.shape.config[kernel] = dict(candidate)
-            for label, function, flops, moved in rows:
-                try:
-                    ms = milliseconds(function, repeats=5 if tokens == TOKENS else 1)
-                except Exception as error:
-                    print(
-                        f"FAIL {label} N={state_size} Q={chunk} {candidate}: {str(error)[:200]}", flush=True
-                    )
-                    continue
-                if tokens == TOKENS:
-                    rate = f"{flops / ms / 1e9:6.0f} TFLOP/s {moved / ms / 1e6:6.0f} GB/s"
-                    print(
-                        f"{label:22s} N={state_size} Q={chunk} {ms:7.3f} ms {rate}  {candidate or ''}",
-                        flush=True,
-                    )
-        pieces.shape.config[kernel] = ssd_triton.CONFIGS[2].get(kernel)
+def time_pieces(state_size, chunk, tokens=TOKENS):
+    """Times every kernel; with few tokens this only fills the compiler's cache."""
+    for rows in Pieces(state_size, chunk, tokens).table().values():
+        for label, function, flops, moved in rows:
+            try:
+                ms = milliseconds(function, repeats=5 if tokens == TOKENS else 1)
+            except Exception as error:
+                print(f"FAIL {label} N={state_size} Q={chunk}: {str(error)[:200]}", flush=True)
+                continue
+            if tokens == TOKENS:
+                rate = f"{flops / ms / 1e9:6.0f} TFLOP/s {moved / ms / 1e6:6.0f} GB/s"
+                print(f"{label:22s} N={state_size} Q={chunk} {ms:7.3f} ms {rate}", flush=True)
 
 
 def time_conv(backend, channels, tokens=TOKENS, config=None):

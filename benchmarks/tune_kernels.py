@@ -2,6 +2,7 @@
 
     python -m benchmarks.tune_kernels    # both shapes of GLA-1.3B, writes configs/kernels/<gpu>/gla.json
     python -m benchmarks.tune_kernels shapes=4x256x512 out=DIR tokens=32768 workers=8 seconds=60
+    python -m benchmarks.tune_ssd        # Mamba2's
 
 Candidates are compiled by several processes (into Triton's cache) while those that are ready are timed, the
 kernels with most to gain first. A winner is written as soon as it is known. What does not fit a
@@ -83,10 +84,10 @@ def with_settings(base: dict, kernel: str, settings: dict) -> dict:
 def tune(bases: dict[Shape, dict], tokens: int, directory: Path, deadline: float, workers: int) -> None:
     """Time every candidate until `deadline` (time.time()), writing each kernel's winner at each shape."""
     found = deepcopy(bases)
-    with _processes(workers) as pool:
+    with processes(workers) as pool:
         needed, jobs = submit(pool, bases)
         chunks = [(shape, other, submit_all(pool, shape, other)) for shape, other in other_chunks(bases)]
-        _finished([job for _, job in needed], deadline)  # the kernels that make the others' inputs
+        finished([job for _, job in needed], deadline)  # the kernels that make the others' inputs
         for kernel, shape in jobs:
             if time.time() > deadline:
                 print("out of time: the remaining candidates are left out")
@@ -95,7 +96,7 @@ def tune(bases: dict[Shape, dict], tokens: int, directory: Path, deadline: float
             winner = fastest(kernel, shape, tokens, bases[shape], ready, deadline)
             if winner:
                 found[shape][kernel].update(winner)
-                print("wrote", write(shape, kernel, winner, directory), flush=True)
+                print("wrote", write(shape_key(shape), kernel, winner, directory), flush=True)
         for shape, settings, compilations in chunks:
             if _all_run(compilations, deadline):
                 _print_total(f"chunks of {settings['chunk']['size']}", shape, tokens, settings)
@@ -119,7 +120,7 @@ def submit_all(pool: ProcessPoolExecutor, shape: Shape, settings: dict) -> list[
 
 
 def _all_run(jobs: list[Future], deadline: float) -> bool:
-    done = _finished(jobs, deadline)
+    done = finished(jobs, deadline)
     return len(done) == len(jobs) and not any(job.exception() or job.result() for job in jobs)
 
 
@@ -129,7 +130,7 @@ def _print_total(title: str, shape: Shape, tokens: int, settings: dict) -> None:
 
 
 @contextmanager
-def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
+def processes(workers: int) -> Iterator[ProcessPoolExecutor]:
     """A pool whose processes are ended with it, at work or not."""
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
@@ -158,13 +159,13 @@ def submit(pool: ProcessPoolExecutor, bases: dict[Shape, dict]) -> tuple[Jobs, d
     return [jobs[key][0] for key in jobs], jobs
 
 
-def _finished(jobs: list[Future], deadline: float) -> set[Future]:
+def finished(jobs: list[Future], deadline: float) -> set[Future]:
     return wait(jobs, timeout=max(0.0, deadline - time.time())).done
 
 
 def compiled(kernel: str, shape: Shape, jobs: Jobs, deadline: float) -> list[dict]:
     """Settings that compile and run, as far as that is known before the deadline."""
-    done = _finished([job for _, job in jobs], deadline)
+    done = finished([job for _, job in jobs], deadline)
     problems = {id(job): job.exception() or job.result() for job in done}
     for problem in filter(None, problems.values()):
         print(f"  does not run: {problem}")
@@ -205,7 +206,7 @@ def fastest(
         results = [comparable(kernel, calls[name](), base["chunk"]["size"]) for name in names]
         if expected is None:
             expected = results
-        elif error := _difference(results, expected):
+        elif error := difference(results, expected):
             print(f"  {kernel} {settings} computes something else: {error:.1e} off")
             continue
         times.append((sum(time_call(calls[name], repeats=9) for name in names), settings))
@@ -222,7 +223,7 @@ def comparable(kernel: str, result: object, chunk: int) -> list[Tensor]:
     return [x.unflatten(1, (-1, chunk)).transpose(2, 3).tril() for x in tensors]
 
 
-def _difference(results: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
+def difference(results: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
     """The largest relative difference by norm where it is above the tolerance (a NaN is), else 0."""
     errors = [
         ((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30)).item()
@@ -250,14 +251,14 @@ def base_settings(shape: Shape) -> dict:
     return deepcopy(settings_for(q, q.new_empty(1, 1, H, V)))
 
 
-def write(shape: Shape, kernel: str, settings: dict, directory: Path) -> Path:
+def write(key: str, kernel: str, settings: dict, directory: Path, file: str = "gla.json") -> Path:
     """Lay one kernel's settings over the file, which starts as a copy of the one in use."""
     gpu = gpu_name(torch.device("cuda"))
-    path = directory / gpu / "gla.json"
+    path = directory / gpu / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    start = next((file for file in (path, folder() / gpu / "gla.json") if file.is_file()), None)
+    start = next((path for path in (path, folder() / gpu / file) if path.is_file()), None)
     known = json.loads(start.read_text()) if start else {}
-    known.setdefault(shape_key(shape), {})[kernel] = settings
+    known.setdefault(key, {})[kernel] = settings
     path.write_text(json.dumps(known, indent=2) + "\n")
     return path
 

@@ -174,7 +174,7 @@ def march_kernel(
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`states_kernel` and `pass_states_kernel` in one: walks a sequence with a [P, BLOCK_N] tile of the state.
+    """`states_kernel` and `pass_states_kernel` in one: walks a sequence with a [P, BLOCK_N] tile of state.
 
     A large state then passes through memory once, not three times; a small one has too few tiles for a GPU.
     Grid: (N / BLOCK_N, H, sequences).

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import data.quickstart
 from benchmarks.recall_study import pool, report
 from benchmarks.recall_study.__main__ import main
 from benchmarks.recall_study.arms import expand, main_arms, parse_arm, sweep_arms
-from benchmarks.recall_study.corpus import load_corpus, sizes_at
+from benchmarks.recall_study.corpus import _prompt, load_corpus, sizes_at
 from benchmarks.recall_study.jobs import open_jobs
 from benchmarks.recall_study.measure import mean_recall
 from benchmarks.recall_study.runs import Bench, Job, base_file, build_base, run_job
@@ -174,6 +175,27 @@ def test_a_killed_shard_loses_nothing_finished(command, cached, tmp_path):
 
 
 @pytest.mark.usefixtures("signals")
+def test_a_study_goes_on_elsewhere_from_its_records_and_weights(command, cached, tmp_path):
+    """What has to come along: the raw file, and of the work folder all but the corpus."""
+    command = [*command, "cost_steps=0", "sweep_best=0", "seeds=0"]
+    settings = read_settings(tmp_path / "micro.json")
+    assert main([*command, "arms.gla=LPT"]) == 0
+    here = bench_of(settings, cached)
+    looks = iter([False, True])
+    assert run_job(Job("arm", "gla", 0, "extend"), replace(here, stopped=lambda: next(looks))) is None
+
+    (tmp_path / "elsewhere").mkdir()
+    for file in cached.glob("corpus-*"):  # another machine makes the same one
+        (tmp_path / "elsewhere" / file.name).hardlink_to(file)
+    shutil.copytree(here.work, tmp_path / "elsewhere" / here.work.name)
+    shutil.rmtree(cached)
+    assert main([*command, f"work={tmp_path}/elsewhere"]) == 0
+    keys = [key_of(record) for record in read_records(tmp_path / "results/micro.jsonl")]
+    assert [key[0] for key in keys] == ["settings", "base", "arm", "arm"]  # no second base
+    assert not list((tmp_path / "elsewhere" / here.work.name).glob("partial-*"))  # it went on from there
+
+
+@pytest.mark.usefixtures("signals")
 def test_time_up_is_status_3_and_leaves_runs_to_do(command, cached):
     assert main([*command, "shard_seconds=1", "grace_seconds=1"]) == 3
 
@@ -227,12 +249,13 @@ def test_settings_that_came_later_keep_older_fingerprints():
     """The fingerprint of committed records is the one that their settings, without the later keys, have."""
     records = read_records(REPOSITORY / "benchmarks/recall_study/results/cpu.jsonl")
     assert from_dict(records[0]["settings"]).fingerprint == records[0]["fingerprint"]
-    default = micro(first_gate_width=1.0, embedding_width=1.0, curriculum_steps=0, own={}, layers=[])
+    plain = {"first_gate_width": 1.0, "embedding_width": 1.0, "keys_per_pair": 0}
+    default = micro(curriculum_steps=0, own={}, layers=[], **plain)
     changed = [
         *(micro(first_gate_width=4), micro(embedding_width=4), micro(curriculum_steps=1), micro(layers=[1])),
-        micro(own={"gla": {"base_lr": 1e-4}}),
+        *(micro(own={"gla": {"base_lr": 1e-4}}), micro(keys_per_pair=2)),
     ]
-    assert len({s.fingerprint for s in (micro(), default, *changed)}) == 6
+    assert len({s.fingerprint for s in (micro(), default, *changed)}) == 7
 
 
 def test_a_family_may_have_a_few_settings_of_its_own():
@@ -416,6 +439,16 @@ def test_a_row_of_recall_is_one_example_that_fills_it(cached):
         assert len(asked) == (settings.sequence_length - 1 - 2 * pairs) // 2 > pairs
     for test in corpus.tests:
         assert test.answers.shape == (4, min(settings.eval_queries, (39 - 2 * test.pairs) // 2))
+
+
+@pytest.mark.parametrize(("keys_per_pair", "most"), [(0, (24, 24)), (3, (6, 12)), (9, (18, 24))])
+def test_small_examples_may_have_few_keys(keys_per_pair, most):
+    settings = micro(keys_per_pair=keys_per_pair)
+    assert settings.n_keys == 24
+    for pairs, allowed in zip(settings.train_pairs, most):
+        prompts = (_prompt(settings, 100, 0, 1, i, pairs, 1)[0] for i in range(200))
+        keys = {key - 100 for ids in prompts for key in ids[1 : 1 + 2 * pairs : 2]}
+        assert keys == set(range(allowed))
 
 
 def test_labels_of_recall_are_the_answers(cached):

@@ -37,7 +37,7 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.setattr(tune_kernels, "comparable", lambda kernel, result, chunk: [result])
     monkeypatch.setattr(tune_kernels, "measure_kernels", lambda *_: [])
     monkeypatch.setattr(tune_kernels, "gpu_name", lambda _: "a-gpu")
-    monkeypatch.setattr(tune_kernels, "_processes", ThreadPoolExecutor)
+    monkeypatch.setattr(tune_kernels, "processes", ThreadPoolExecutor)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setenv("STATEX_KERNEL_CONFIGS", str(tmp_path / "used"))
 
@@ -91,7 +91,7 @@ def test_it_ends_when_its_time_is_over(pretended, capsys):
 
 def test_processes_at_work_are_ended():
     begin = time.time()
-    with tune_kernels._processes(1) as pool:
+    with tune_kernels.processes(1) as pool:
         pool.submit(time.sleep, 300)
         time.sleep(1)
     assert time.time() - begin < 30
@@ -106,7 +106,7 @@ def test_only_scores_that_a_kernel_promises_are_compared():
     spoiled = torch.where(behind, float("nan"), scores)
     got, want = (tune_kernels.comparable("dscores", x, 64) for x in (spoiled, scores))
     torch.testing.assert_close(got, want)
-    assert tune_kernels._difference([got], [want]) == 0.0
+    assert tune_kernels.difference([got], [want]) == 0.0
     assert (
-        tune_kernels._difference([tune_kernels.comparable("march", (spoiled, None), 64)], [[scores]]) != 0.0
+        tune_kernels.difference([tune_kernels.comparable("march", (spoiled, None), 64)], [[scores]]) != 0.0
     )
