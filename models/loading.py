@@ -239,6 +239,9 @@ def _fill(
         else:
             _place(model, name, tensor, dtype, device)
         seen.add(name)
+    if stored_head is not None and (embeddings := model._tied_weights_keys[HEAD]) not in seen:
+        _place(model, embeddings, stored_head, dtype, device)  # stored once, under the head's name
+        seen.add(embeddings)
     missing = [name for name in expected if name not in seen and not (name == HEAD and tied)]
     problems = [f"missing {name} {list(expected[name])}" for name in missing] + problems
     if problems:

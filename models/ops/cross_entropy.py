@@ -42,7 +42,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: unknown reduction, shapes that do not fit together, labels that are no integers, or out of
-            range (looked for on a CPU alone, where looking makes nobody wait).
+            range (looked for on a CPU alone, where looking makes nobody wait; on a GPU the loss is NaN, or
+            torch's own kernels stop).
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")

@@ -38,7 +38,9 @@ def _softmax_gradient(
             top = higher
         peak = tl.max(top, axis=0)
         log_normaliser = peak + tl.log(tl.sum(mass * tl.exp(top - peak), axis=0))
-        tl.store(losses_ptr + row, log_normaliser - tl.load(logits_ptr + label).to(tl.float32))
+        # a label that is no word: the loss is NaN, which nobody takes for a result
+        own = tl.load(logits_ptr + label, mask=(label >= 0) & (label < V), other=float("nan"))
+        tl.store(losses_ptr + row, log_normaliser - own.to(tl.float32))
         for start in range(0, V, BLOCK):
             inside = start + columns < V
             x = tl.load(logits_ptr + start + columns, mask=inside, other=float("-inf")).to(tl.float32)

@@ -98,6 +98,16 @@ def test_a_tied_head_that_differs_from_the_embeddings_is_refused(original):
         load_pretrained(folder)
 
 
+def test_a_tied_matrix_may_be_stored_as_the_head_alone(original):
+    folder, model = original
+    tensors = torch.load(folder / "pytorch_model.bin")
+    tensors["lm_head.weight"] = tensors.pop("backbone.embedding.weight")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    loaded = load_pretrained(folder)
+    same_weights(loaded, model)
+    assert loaded.lm_head.weight is loaded.backbone.embeddings.weight
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_own_folder_in_shards(family, tmp_path):
     model = tiny(family)

@@ -101,6 +101,18 @@ def test_cross_entropy_refuses_labels_that_are_no_words(reduction, label):
         linear_cross_entropy(draw(4, 8), draw(11, 8, seed=1), labels, reduction=reduction)
 
 
+@pytest.mark.parametrize("label", [-1, 11, 2**40])
+def test_the_kernel_makes_a_label_that_is_no_word_nan(interpreter, label):
+    from models.ops.cross_entropy_triton import softmax_gradient_
+
+    logits, labels = draw(3, 11, dtype=torch.float32).detach(), torch.tensor([3, label, -100])
+    expected = F.cross_entropy(logits[:1], labels[:1])
+    losses = softmax_gradient_(logits.clone(), labels, -100)
+    torch.testing.assert_close(losses[0], expected)
+    assert losses[1].isnan()
+    assert losses[2] == 0
+
+
 def test_cross_entropy_computes_in_the_autocast_dtype_and_returns_fp32_gradients_of_the_head():
     hidden, weight = draw(6, 8, dtype=torch.float32), draw(11, 8, seed=1, dtype=torch.float32)
     labels = torch.arange(6)
