@@ -21,6 +21,7 @@ from .config import LanguageModelConfig
 from .draw import Draw
 from .inputs import check_inputs, packed, packing_of, unpacked
 from .ops.cross_entropy import linear_cross_entropy
+from .ops.linear import compute_dtype
 from .saving import auto_map, bundle_code, complete_folder
 
 SMALL_LOGITS = 2**22  # with labels, logits of at most this many elements are returned besides the loss
@@ -283,8 +284,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         return torch.autocast(device_type, dtype)
 
     def _residual_dtype(self, x: Tensor) -> torch.dtype:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        dtype = compute_dtype(x)
         return torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:

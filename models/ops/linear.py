@@ -49,8 +49,9 @@ def recomputation_contexts() -> tuple[AbstractContextManager, AbstractContextMan
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype matrix products run in: autocast's where it is on, else x's own."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    """The dtype of matrix products: autocast's where it is on, else x's own; float64 stays, as in torch."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 def norm_linear(

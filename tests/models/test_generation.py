@@ -316,3 +316,12 @@ def test_inputs_that_do_not_fit_together_are_refused(model, ids):
     _, cache = read(model, ids, ())
     with pytest.raises(ValueError, match=r"\[2\] rows and the batch 1"):
         model(ids[:1], past_key_values=cache)
+
+
+def test_autocast_leaves_float64_alone(model, ids):
+    exact = copy.deepcopy(model).double()
+    expected = exact(ids, labels=ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = exact(ids, labels=ids)
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(output.loss, expected.loss)
