@@ -22,7 +22,7 @@ from .settings import Settings
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
 WEIGHTS = ("*.safetensors", "*.bin")
 PREFIX = "scripted:"
-BYTES_PER_TOKEN = 512  # of a prompt while it is written and tokenised; measured up to 600 at a million tokens
+BYTES_PER_TOKEN = 256  # while a prompt of ever new sentences is written; measured at a million tokens
 STARTING_POINT = "for a starting point: python huggingface/download.py --only gla-1.3B-100B"
 # what decides how text becomes tokens and where an answer ends
 TOKENIZER_PREFIXES = (
