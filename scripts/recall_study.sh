@@ -5,6 +5,9 @@
 #   bash scripts/recall_study.sh config=configs/study/cpu.json    # reduced, on a CPU
 #   bash scripts/recall_study.sh plan=true                        # how many runs and tokens
 #
+# To go on on another machine, take along results=FILE and, of work=FOLDER, the folder named after the fingerprint (bases,
+# and runs that were stopped); without it bases are made again. The corpus is made anew, and has to come out the same.
+#
 # Every key of configs/study/*.json can stand on the command line (seeds=0,1,2 workers=8); results=FILE work=FOLDER too.
 # Tables and figures from the raw records: python -m benchmarks.recall_study.report
 set -u

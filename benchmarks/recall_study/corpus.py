@@ -29,7 +29,7 @@ POOL_SEED, TEST_SEED = 1, 2  # no test example is a training example
 IGNORED = -100
 CORPUS_FIELDS = (
     *("sequence_length", "train_pairs", "eval_pairs", "eval_rows", "eval_queries", "text_eval_rows"),
-    *("n_keys", "n_values", "recall_pool_rows", "text_vocabulary"),
+    *("n_keys", "keys_per_pair", "n_values", "recall_pool_rows", "text_vocabulary"),
 )
 
 
@@ -137,7 +137,8 @@ def _stream(folder: Path, tokenizer) -> Tensor:
 def _prompt(
     settings: Settings, first_id: int, start: int, seed: int, index: int, pairs: int, queries: int
 ) -> tuple[list[int], list[int], list[int]]:
-    sizes = {"n_keys": settings.n_keys, "n_values": settings.n_values}
+    n_keys = min(settings.n_keys, pairs * (settings.keys_per_pair or settings.n_keys))
+    sizes = {"n_keys": n_keys, "n_values": settings.n_values}
     example = recall_example(seed, index, pairs, queries, **sizes)
     keys = range(first_id, first_id + settings.n_keys)
     values = range(keys.stop, keys.stop + settings.n_values)

@@ -103,7 +103,7 @@ def _set_up(s: Settings, results: list[FamilyResult]) -> str:
         *(_model_line(result) for result in results),
         f"""Data: rows of {s.sequence_length} tokens, {s.rows} a step: {s.recall_rows} of associative recall
         ({_list(s.train_pairs)} pairs of {s.n_keys} keys and {s.n_values} values), the others of text
-        (this Python's library, BPE of {s.text_vocabulary} words).""",
+        (this Python's library, BPE of {s.text_vocabulary} words).{_few_keys(s)}""",
         "Loss: every token of the text; of recall the answers, as keys and values before them are random.",
         f"""Base: AdamW at {s.base_lr}, constant until the mean recall of {s.plateau_window}
         measurements, one every {s.base_eval_every} steps, is less than {s.plateau_gain} above that of
@@ -124,6 +124,13 @@ def _set_up(s: Settings, results: list[FamilyResult]) -> str:
         seed, and bold where the interval leaves out 0. No correction for the number of arms.""",
     ]
     return "\n".join(f"{i}. {' '.join(line.split())}" for i, line in enumerate(lines, start=1))
+
+
+def _few_keys(s: Settings) -> str:
+    if not s.keys_per_pair:
+        return ""
+    return f""" An example's keys are drawn from the first {s.keys_per_pair} times as many as it has pairs:
+        with few keys a model learns the task sooner."""
 
 
 def _expanded(s: Settings) -> str:

@@ -145,6 +145,7 @@ class Pool:
         """End the workers; by force those that have not stopped within the grace."""
         for worker in self.workers:
             worker.pipe.close()
+        for worker in self.workers:
             worker.process.join(timeout=0.1 if worker.job else 5)
             if worker.process.is_alive():
                 worker.process.kill()

@@ -30,7 +30,10 @@ EXECUTION = (
     "grace_seconds",
 )
 # came later: where they are at their default, they are no part of a fingerprint
-ADDED = {"layers": (), "first_gate_width": 1.0, "embedding_width": 1.0, "curriculum_steps": 0, "own": {}}
+ADDED = {
+    **{"layers": (), "first_gate_width": 1.0, "embedding_width": 1.0, "curriculum_steps": 0, "own": {}},
+    "keys_per_pair": 0,
+}
 OWN = (
     *("base_lr", "post_lr", "weight_decay", "base_steps", "base_min_steps"),
     *("first_gate_width", "embedding_width", "curriculum_steps", "layers"),
@@ -88,6 +91,7 @@ class Settings:
         1.0  # GLA: both forget-gate matrices of a base's first layer begin this much wider
     )
     embedding_width: float = 1.0  # a base's embeddings begin this much wider
+    keys_per_pair: int = 0  # an example's keys are from the first this many times its pairs; 0: from all
     curriculum_steps: int = 0  # a base's steps until all train_pairs come up; they begin with the first one
     own: dict[str, dict] = dataclasses.field(
         default_factory=dict
@@ -225,6 +229,7 @@ def _check_numbers(s: Settings) -> None:
         "grace_seconds",
         "sweep_best",
         "curriculum_steps",
+        "keys_per_pair",
         "weight_decay",
         "plateau_gain",
     )

@@ -79,3 +79,5 @@ def test_the_page_says_how_a_base_begins():
     own = {"gla": {"first_gate_width": 8, "curriculum_steps": 9, "base_lr": 0.5}}
     lines = " ".join(page._own_lines(micro(own=own)))
     assert all(part in lines for part in ("8 times as wide", "over 9 steps", "base_lr 0.5"))
+    assert page._few_keys(micro()) == ""
+    assert "the first 4 times as many" in " ".join(page._few_keys(micro(keys_per_pair=4)).split())
