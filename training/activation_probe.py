@@ -6,7 +6,7 @@ to layers that fits into the memory follows by filling it greedily, best gain a 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,7 @@ def probe_layers(
         if key not in measured:
             block = block_class(config, index).to(device)
             _fill(block)
-            measured[key] = [_probe(block, level, config, autocast) for level in block_class.recompute_levels]
+            measured[key] = _probe(block, config, autocast)
         result.append(measured[key])
     return result
 
@@ -55,8 +55,11 @@ def probe_layers(
 def assign_levels(layers: Sequence[Sequence[LevelCost]], tokens: int, budget: float) -> list[str]:
     """One level a layer: the least total time found within `budget` bytes, by best gain a byte.
 
+    Memory that no measured gain asks for still goes to less recomputation: where a busy machine made that
+    look slow, it is what should have been chosen.
+
     Args:
-        layers: the costs of every layer, from `probe_layers`.
+        layers: the costs of every layer at each level, least recomputed first, from `probe_layers`.
         tokens: tokens of a micro-batch.
         budget: bytes that activations may take: what is kept over all layers, and the largest backward pass
         on top.
@@ -65,16 +68,35 @@ def assign_levels(layers: Sequence[Sequence[LevelCost]], tokens: int, budget: fl
         Levels by name; the leanest ones where even these exceed the budget.
     """
     chosen = [min(costs, key=lambda cost: cost.kept) for costs in layers]
+    measured = _spend(chosen, layers, tokens, budget, lambda costs, now, new: new.seconds < now.seconds)
+    spent = _spend(measured, layers, tokens, budget, _surely_less)
+    return [cost.level for cost in spent]
+
+
+def _surely_less(costs: Sequence[LevelCost], now: LevelCost, new: LevelCost) -> bool:
+    """Whether one level recomputes part of what the other does, for any family: all does, or nothing."""
+    return new is not now and (new is costs[0] or now is costs[-1])
+
+
+def _spend(
+    chosen: Sequence[LevelCost],
+    layers: Sequence[Sequence[LevelCost]],
+    tokens: int,
+    budget: float,
+    better: Callable[[Sequence[LevelCost], LevelCost, LevelCost], bool],
+) -> list[LevelCost]:
+    """Changes one layer after another to a better level that fits, the most seconds a byte first."""
+    chosen = list(chosen)
     while True:
         used = _peak(chosen) * tokens
         upgrades = [
             ((now.seconds - cost.seconds) / max(cost.kept - now.kept, 1e-9), index, cost)
             for index, now in enumerate(chosen)
             for cost in layers[index]
-            if cost.seconds < now.seconds and used + (_growth(chosen, index, cost)) * tokens <= budget
+            if better(layers[index], now, cost) and used + (_growth(chosen, index, cost)) * tokens <= budget
         ]
         if not upgrades:
-            return [cost.level for cost in chosen]
+            return chosen
         _, index, cost = max(upgrades, key=lambda upgrade: upgrade[0])
         chosen[index] = cost
 
@@ -94,14 +116,20 @@ def _fill(block: nn.Module) -> None:
         parameter.normal_(std=0.02)
 
 
-def _probe(block: Block, level: str, config: LanguageModelConfig, autocast: bool) -> LevelCost:
+def _probe(block: Block, config: LanguageModelConfig, autocast: bool) -> list[LevelCost]:
+    """The costs of each level, least recomputed first; the fastest of several rounds.
+
+    The levels take turns, so that what disturbs the machine for a moment does not fall on one of them alone.
+    """
     stream = torch.bfloat16 if autocast and not config.residual_in_fp32 else torch.float32
-    block.recompute, block.owns_stream = level, True  # as in the middle of a model
-    # early rounds compile kernels and grow the allocator's segments, which would make the level probed first
-    # look slow
-    rounds = range(WARM_UP_ROUNDS + TIMED_ROUNDS)
-    costs = [_measure(block, level, config.hidden_size, stream, autocast) for _ in rounds]
-    return min(costs[WARM_UP_ROUNDS:], key=lambda cost: cost.seconds)
+    block.owns_stream = True  # as in the middle of a model
+    rounds: dict[str, list[LevelCost]] = {level: [] for level in block.recompute_levels}
+    for _ in range(WARM_UP_ROUNDS + TIMED_ROUNDS):
+        for level, costs in rounds.items():
+            block.recompute = level
+            costs.append(_measure(block, level, config.hidden_size, stream, autocast))
+    # early rounds compile kernels and grow the allocator's segments
+    return [min(costs[WARM_UP_ROUNDS:], key=lambda cost: cost.seconds) for costs in rounds.values()]
 
 
 def _measure(block: Block, level: str, width: int, stream: torch.dtype, autocast: bool) -> LevelCost:

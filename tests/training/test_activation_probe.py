@@ -1,5 +1,7 @@
 """The choice of recomputation levels, from given costs; the measurement itself runs on the GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,6 +26,22 @@ def test_memory_goes_first_where_it_buys_most_time():
     # 4 x 10 + 80 are taken; mlp costs 30 more a layer and saves 0.3 s, none 60 on top and saves 0.2 s
     assert sorted(assign_levels([LAYER] * 4, tokens=1, budget=185)) == ["full", "full", "mlp", "mlp"]
     assert sorted(assign_levels([LAYER] * 4, tokens=1, budget=320)) == ["mlp", "mlp", "mlp", "none"]
+
+
+def test_memory_is_not_left_over_where_noise_hides_the_gain():
+    noisy = [replace(LAYER[0], seconds=1.3), LAYER[1], LAYER[2]]
+    assert assign_levels([noisy] * 4, tokens=1, budget=1e9) == ["none"] * 4
+    # 2 x 40 + 60 are taken by mlp, which the measured times prefer; none keeps 60 more
+    assert sorted(assign_levels([noisy] * 2, tokens=1, budget=200)) == ["mlp", "none"]
+    assert assign_levels([noisy] * 2, tokens=1, budget=145) == ["mlp", "mlp"]
+    slow = [LAYER[0], replace(LAYER[1], seconds=1.6), LAYER[2]]
+    assert assign_levels([slow] * 2, tokens=1, budget=145) == ["mlp", "mlp"]  # full does all of it too
+
+
+def test_levels_that_recompute_different_parts_are_told_apart_by_time_alone():
+    mixer = LevelCost("mixer", kept=30.0, working=60.0, seconds=1.1)
+    costs = [LAYER[0], LAYER[1], mixer, LAYER[2]]
+    assert assign_levels([costs] * 2, tokens=1, budget=145) == ["mixer", "mixer"]
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
