@@ -1,6 +1,6 @@
 """The training scripts on one and on several GPUs: the same losses, how much faster, and at what cost.
 
-    python -m benchmarks.scaling                                       # 1 and 2 GPUs, about six minutes
+    python -m benchmarks.scaling                                       # 1 and 2 GPUs, about ten minutes
     python -m benchmarks.scaling n_gpus=1,8 limit=300 seconds=1200 resume=true
     python -m benchmarks.scaling n_gpus=1,2 launches=cpu scale=tiny    # on a CPU, through gloo
 
@@ -28,9 +28,8 @@ of the corpus has to stand where it was. No other run saves, and run folders are
 1.3B models has 16.4 GB). A run that ends out of memory is repeated with recompute=full, and all later ones
 run so.
 
-A run of the 1.3B models takes about 15 s of checks and launching, 17 to 41 s to the end of its first step,
-1.1 to 1.5 s a step and sequence, and 20 to 30 s where it saves (docs/performance.md): 45 to 60 s with six
-steps, so the default's six runs some five minutes, and `resume=true` 80 s more.
+A run of the 1.3B models takes 77 to 115 s with six steps (two H100s; the first one of a family compiles, and a
+run that saves writes 27 s), so the default's six runs some ten minutes, and `resume=true` 80 s more.
 """
 
 import contextlib
@@ -90,7 +89,7 @@ class Arguments:
     train_config=...   file of the other keys (smoke_64k; tiny with scale=tiny)
     scale=tiny         tiny models
     limit=N            seconds after which a run is ended (150)
-    seconds=N          seconds for everything: runs that no longer fit are not started (420)
+    seconds=N          seconds for everything: runs that no longer fit are not started (720)
     folder=...         for the corpus and for the run being made (output/scaling)
     logs=FOLDER        output of each run; none: logs in `folder`
     output=FILE        JSON, written after each run; none: scaling.json in `folder`
@@ -106,7 +105,7 @@ class Arguments:
     train_config: str | None = None
     scale: str = ""
     limit: float = 150.0
-    seconds: float = 420.0
+    seconds: float = 720.0
     folder: str = "output/scaling"
     logs: str | None = None
     output: str | None = None
