@@ -28,7 +28,7 @@ of the corpus has to stand where it was. No other run saves, and run folders are
 1.3B models has 16.4 GB). A run that ends out of memory is repeated with recompute=full, and all later ones
 run so.
 
-A run of the 1.3B models takes 77 to 115 s with six steps (two H100s; the first one of a family compiles, and a
+A run of the 1.3B models takes 77 to 115 s with six steps (two H100s; a family's first one compiles, and a
 run that saves writes 27 s), so the default's six runs some ten minutes, and `resume=true` 80 s more.
 """
 

@@ -107,6 +107,4 @@ def test_only_scores_that_a_kernel_promises_are_compared():
     got, want = (tune_kernels.comparable("dscores", x, 64) for x in (spoiled, scores))
     torch.testing.assert_close(got, want)
     assert tune_kernels.difference([got], [want]) == 0.0
-    assert (
-        tune_kernels.difference([tune_kernels.comparable("march", (spoiled, None), 64)], [[scores]]) != 0.0
-    )
+    assert tune_kernels.difference([tune_kernels.comparable("march", (spoiled, None), 64)], [[scores]]) != 0.0
