@@ -25,7 +25,7 @@ from training.loop import train
 from training.metrics import MetricsLog
 from training.optimizer import build_optimizer
 from training.plan import make_plan, planned_world_size
-from training.progress import Console, Throughput, peak_flops
+from training.progress import Console, StartClock, Throughput, peak_flops
 from training.recompute import choose_recompute
 from training.rng import seed_everything
 from training.rules import accumulation
@@ -60,7 +60,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(config: RunConfig) -> int:
     """One run, from its first or its saved step to its last."""
-    stop = StopRequest()
+    start, stop = StartClock(STARTED), StopRequest()
+    start.done("imports")
     distribution = start_distribution(config)
     try:
         rank, world_size, device = distribution.rank, distribution.world_size, distribution.device
@@ -69,14 +70,18 @@ def run(config: RunConfig) -> int:
         on_main(distribution, lambda: check_files(config))
         checkpoint = on_main(distribution, lambda: open_run(config, console))
         seed_everything(config.seed + rank)
+        start.done("checks")
 
         # ------------------------------------------------------------ model, expanded where asked for
         model = start_model(config, checkpoint).to(device)
+        start.done("model")
         levels = distribution.broadcast_object(choose_recompute(model, config, world_size, device))
         model.set_recompute(levels)
+        start.done("recomputation")
         if config.compile:
             model.compile()
         distribution.prepare(model, build_optimizer(model, config))
+        start.done("engine")
 
         # ------------------------------------------------------------ data: this rank's slots of every step
         tokenizer = load_tokenizer(config)
@@ -88,13 +93,14 @@ def run(config: RunConfig) -> int:
         state = Run(config, distribution, model, tokenizer, loader, validation, carried, Progress(), console)
         if checkpoint is not None:
             restore_run(state, checkpoint)
+        start.done("data")
         if distribution.is_main:
             write_description(config, model)
             state.metrics = MetricsLog(config, config.run_dir, state.progress.step)
         announce(console, plan, distribution.describe(), checkpoint, levels)
         flops = plan.training_flops_per_token
         throughput = Throughput(world_size, flops, peak_flops(device))
-        stopped = train(state, accumulation(config, world_size), throughput, stop, STARTED)
+        stopped = train(state, accumulation(config, world_size), throughput, stop, start)
         if distribution.is_main:
             state.metrics.close()
             draw_losses(config, console)

@@ -11,7 +11,7 @@ FIRST_STEP_TOLERANCE = 1e-4  # relative; same weights and same sequences, so onl
 TAIL = 5  # last lines of its output that a failed run shows, after as many that name an error
 _PATTERNS = {
     "distribution": r"^distribution +(.+)$",
-    "first_step": r"^first step done ([\d.]+) s after the start$",
+    "first_step": r"^first step done ([\d.]+) s after the start",
     "levels": r"^memory a .*recompute=(.+)$",
     "measured_levels": r"^recompute, measured on this GPU: (.+)$",
     "went_on": r"^going on from (.+)$",

@@ -12,7 +12,7 @@ from models.language_model import IGNORED
 from training.config import RunError
 from training.heldout import heldout_loss, model_inputs
 from training.optimizer import set_learning_rate
-from training.progress import Throughput, duration, format_record, memory_gb
+from training.progress import StartClock, Throughput, duration, format_record, memory_gb
 from training.schedule import learning_rate
 from training.signals import StopRequest
 from training.state import Run, save_run
@@ -29,12 +29,12 @@ class StepResult:
     losses: tuple[torch.Tensor, ...]  # this rank's micro-batches, summed loss each
 
 
-def train(run: Run, rounds: int, throughput: Throughput, stop: StopRequest, started: float) -> bool:
+def train(run: Run, rounds: int, throughput: Throughput, stop: StopRequest, start: StartClock) -> bool:
     """Train to the last step, or until a signal asks to stop; the state is saved either way.
 
     Args:
         rounds: micro-batches of a step on this rank.
-        started: time.perf_counter() when the program started, for the time to the first step.
+        start: has run since the program began, for the time to the first step.
 
     Returns:
         whether a signal stopped the run before its last step.
@@ -54,7 +54,7 @@ def train(run: Run, rounds: int, throughput: Throughput, stop: StopRequest, star
         throughput.add(config.max_len * len_of(micro_batches) * run.distribution.world_size, waited)
         if progress.step in (1, config.last_step) or progress.step % config.log_interval == 0:
             record_step(run, result, lr, throughput)
-        run.console.first_step(time.perf_counter() - started)
+        run.console.first_step(start)
         stopped = result.stop
         finish_step(run, throughput, stopped)
     return stopped and progress.step < config.last_step

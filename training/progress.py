@@ -32,6 +32,27 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+class StartClock:
+    """What the time from the start of the program to the end of the first step goes into.
+
+    Args:
+        began: time.perf_counter() at the start.
+    """
+
+    def __init__(self, began: float) -> None:
+        self._began = self._last = began
+        self._parts: list[str] = []
+
+    def done(self, part: str) -> None:
+        """The time since the part before went into this one."""
+        now = time.perf_counter()
+        self._parts.append(f"{part} {now - self._last:.1f}")
+        self._last = now
+
+    def __str__(self) -> str:
+        return f"first step done {self._last - self._began:.1f} s after the start ({', '.join(self._parts)})"
+
+
 @dataclass
 class Throughput:
     """Wall-clock of the steps since the last record.
@@ -92,10 +113,11 @@ class Console:
         self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def first_step(self, seconds: float) -> None:
-        """Once: how long the first step took from the start: imports, loading and kernel compilation too."""
+    def first_step(self, start: "StartClock") -> None:
+        """Once: how long the first step took from the start, and what in: imports, loading, compilation."""
         if self._first:
-            self.say(f"first step done {seconds:.1f} s after the start")
+            start.done("first step")
+            self.say(str(start))
         self._first = False
 
     def close(self) -> None:

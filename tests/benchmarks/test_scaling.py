@@ -37,7 +37,7 @@ distribution          {ON_TWO}
 recompute, measured on this GPU: full x2, mlp x22
 starting at step 0
 step 1/8 | loss 10.4123 | lr 1.500e-04
-first step done 21.4 s after the start
+first step done 21.4 s after the start (imports 9.0, checks 0.4, first step 12.0)
 saved output/runs/scaling/gla-1.3B/gla_StateX-zero1-2/ckpt_6 in 1m05s
 """
 
