@@ -1,6 +1,8 @@
 """What all tests share: the `gpu` marker, and Triton's interpreter where there is no GPU."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +18,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def _give_back_gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several processes may share a card; what a test leaves in the allocator is of no use to the next."""
+    yield
+    if "gpu" in request.keywords and torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
