@@ -276,8 +276,8 @@ def run_all(benchmark: Benchmark) -> list[Row]:
         if rows[-1].out_of_memory and "recompute" not in benchmark.extra:
             benchmark.extra["recompute"] = "full"
             pending.insert(0, case)
-        # the continuation needs the folder
-        if not rows[-1].checkpoint_bytes:
+        # the continuation needs the folder, and again where it is repeated
+        if not rows[-1].checkpoint_bytes and not (case.resumes and case in pending):
             shutil.rmtree(benchmark.run_dir(case), ignore_errors=True)
         _write(benchmark, rows)
         state = rows[-1].problem or "ok"

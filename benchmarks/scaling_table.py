@@ -139,9 +139,9 @@ def check_position(state: dict[str, Any], step: int, slots: int) -> str:
 
 
 def baseline(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The run of the same script on the fewest GPUs."""
+    """The run of the same script on the fewest GPUs; where it was repeated, the one that ended well."""
     same = [r for r in rows if r.case.script == row.case.script and r.records and not r.case.resumes]
-    return min(same, key=lambda r: r.case.n_gpus, default=None)
+    return min(same, key=lambda r: (r.case.n_gpus, bool(r.problem)), default=None)
 
 
 def loss_differences(row: Row, base: Row | None) -> dict[int, float]:

@@ -13,6 +13,7 @@ from benchmarks.scaling import Arguments, Benchmark, cases, main, run_all, run_c
 from benchmarks.scaling_table import (
     Case,
     Row,
+    baseline,
     check_distribution,
     check_position,
     check_records,
@@ -196,6 +197,30 @@ def test_a_run_out_of_memory_is_repeated_with_all_recomputed(tmp_path, monkeypat
     rows = run_all(benchmark(tmp_path, scripts="gla_LPT"))
     assert seen == [("gla_LPT-cpu-1", None), ("gla_LPT-cpu-2", None), ("gla_LPT-cpu-2", "full")]
     assert [bool(row.problem) for row in rows] == [False, True, False]
+
+
+def test_a_continuation_out_of_memory_is_repeated_from_the_same_checkpoint(tmp_path, monkeypatch):
+    def full(made: Benchmark, case: Case) -> Row:
+        folder = tmp_path / "runs" / "scaling" / "gla-tiny" / case.folder
+        if case.resumes:
+            found.append(folder.exists())
+        folder.mkdir(parents=True, exist_ok=True)
+        if case.resumes and "recompute" not in made.extra:
+            return Row(case, problem="exit status 1", out_of_memory=True)
+        return Row(case, checkpoint_bytes=1 if case.saves else None)
+
+    found: list[bool] = []
+    monkeypatch.setattr(scaling, "run_case", full)
+    run_all(benchmark(tmp_path, scripts="gla_LPT", resume=True))
+    assert found == [True, True]
+    assert not list((tmp_path / "runs" / "scaling" / "gla-tiny").iterdir())
+
+
+def test_a_repeated_run_is_measured_against_the_one_that_ended_well():
+    failed, again, two = row(ONE, 9.0), row(ONE, 2.2), row(TWO, 1.25)
+    failed.problem, failed.records = "exit status 1", failed.records[:2]
+    assert baseline(two, [failed, again, two]) is again
+    assert baseline(two, [failed, two]) is failed  # losses can be compared all the same
 
 
 @pytest.mark.parametrize(
