@@ -30,7 +30,7 @@ class StepResult:
 
 
 def train(run: Run, rounds: int, throughput: Throughput, stop: StopRequest, start: StartClock) -> bool:
-    """Train to the last step, or until a signal asks to stop; the state is saved either way.
+    """Train to the last step, or until a signal asks to stop, which saves the state first.
 
     Args:
         rounds: micro-batches of a step on this rank.
