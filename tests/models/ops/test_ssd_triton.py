@@ -3,9 +3,12 @@
 The interpreter multiplies bf16 matrices wrongly and knows no tensor cores: bf16 belongs to the gpu tests.
 """
 
+import json
+
 import pytest
 import torch
 
+from models.ops.kernel_configs import FOLDER
 from models.ops.ssd import ssd_recurrent
 from tests.models.ops.test_ssd import assert_close, make_inputs, results_and_gradients
 
@@ -117,3 +120,20 @@ def test_packed_inputs_get_one_packed_gradient(kernels):
         return ssd_packed_triton(xBC, dt, A, 2, 16, **options)
 
     assert_close(results_and_gradients(packed, single(inputs), cu_seqlens=None), expected, 2e-5)
+
+
+@pytest.mark.parametrize("gpu", sorted(path.parent.name for path in FOLDER.glob("*/ssd.json")))
+def test_tuned_settings_are_the_kernels_own_and_their_tiles_fit(interpreter, gpu):
+    from models.ops.ssd_triton import CONFIGS
+
+    for shape, tuned in json.loads((FOLDER / gpu / "ssd.json").read_text()).items():
+        config = {kernel: dict(settings) for kernel, settings in CONFIGS[2].items()}
+        for kernel, settings in tuned.items():
+            assert set(settings) <= set(config[kernel]), (shape, kernel)
+            config[kernel].update(settings)
+        # a step wider than a tile would run from the tiles beside the diagonal into the one on it
+        assert config["outputs"]["ROWS"] % config["outputs"]["BLOCK_K"] == 0
+        for kernel in ("scores", "outputs", "score_gradients", "key_gradients"):
+            assert config["chunk"]["Q"] % config[kernel]["ROWS"] == 0
+        for kernel in ("states", "march", "key_gradients"):
+            assert config["chunk"]["Q"] % config[kernel]["BLOCK_K"] == 0
