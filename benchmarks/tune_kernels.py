@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from copy import deepcopy
@@ -28,6 +28,7 @@ from models.ops.kernel_configs import FOLDER, folder, gpu_name
 
 Shape = tuple[int, int, int]
 Jobs = list[tuple[dict, Future]]  # settings of one kernel, and their compilation
+Trial = tuple[list[list[Tensor]], Callable[[], float]]  # what a kernel computes; its milliseconds when asked
 
 # kernels in the order in which they are tuned, and the settings of each; one row a candidate in this order
 FIELDS = {
@@ -93,10 +94,10 @@ def tune(bases: dict[Shape, dict], tokens: int, directory: Path, deadline: float
                 print("out of time: the remaining candidates are left out")
                 break
             ready = compiled(kernel, shape, jobs[kernel, shape], deadline)
-            winner = fastest(kernel, shape, tokens, bases[shape], ready, deadline)
-            if winner:
-                found[shape][kernel].update(winner)
-                print("wrote", write(shape_key(shape), kernel, winner, directory), flush=True)
+            best = fastest(kernel, shape, tokens, bases[shape], ready, deadline)
+            if best:
+                found[shape][kernel].update(best)
+                print("wrote", write(shape_key(shape), kernel, best, directory), flush=True)
         for shape, settings, compilations in chunks:
             if _all_run(compilations, deadline):
                 _print_total(f"chunks of {settings['chunk']['size']}", shape, tokens, settings)
@@ -163,7 +164,7 @@ def finished(jobs: list[Future], deadline: float) -> set[Future]:
     return wait(jobs, timeout=max(0.0, deadline - time.time())).done
 
 
-def compiled(kernel: str, shape: Shape, jobs: Jobs, deadline: float) -> list[dict]:
+def compiled(kernel: str, shape: object, jobs: Jobs, deadline: float) -> list[dict]:
     """Settings that compile and run, as far as that is known before the deadline."""
     done = finished([job for _, job in jobs], deadline)
     problems = {id(job): job.exception() or job.result() for job in done}
@@ -197,20 +198,38 @@ def fastest(
     used, *_ = candidates(kernel, shape, base)
     if used not in ready:
         return None
+
+    def try_one(settings: dict) -> Trial:
+        calls = kernel_calls(tokens, *shape, with_settings(base, kernel, settings))
+        names = _calls_of(kernel, calls)
+        results = [comparable(kernel, calls[name](), base["chunk"]["size"]) for name in names]
+        return results, lambda: sum(time_call(calls[name], repeats=9) for name in names)
+
+    times = time_equals(kernel, ready, try_one, deadline)
+    _print_times(kernel, shape, tokens, base, sorted(times, key=lambda one: one[0]))
+    return winner(times)
+
+
+def time_equals(
+    kernel: str, ready: list[dict], try_one: Callable[[dict], Trial], deadline: float
+) -> list[tuple[float, dict]]:
+    """(milliseconds, settings) of those that compute the same as the first, which are in use."""
     expected, times = None, []
     for settings in ready:
         if time.time() > deadline:
             break
-        calls = kernel_calls(tokens, *shape, with_settings(base, kernel, settings))
-        names = _calls_of(kernel, calls)
-        results = [comparable(kernel, calls[name](), base["chunk"]["size"]) for name in names]
+        results, milliseconds = try_one(settings)
         if expected is None:
             expected = results
         elif error := difference(results, expected):
             print(f"  {kernel} {settings} computes something else: {error:.1e} off")
             continue
-        times.append((sum(time_call(calls[name], repeats=9) for name in names), settings))
-    _print_times(kernel, shape, tokens, base, sorted(times, key=lambda one: one[0]))
+        times.append((milliseconds(), settings))
+    return times
+
+
+def winner(times: list[tuple[float, dict]]) -> dict | None:
+    """The fastest settings; None where those in use are, or nearly are."""
     best = min(times, key=lambda one: one[0], default=None)
     return best[1] if best and best[0] <= WORTH * times[0][0] else None
 

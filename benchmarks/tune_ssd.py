@@ -10,14 +10,22 @@ something else than the settings in use, is skipped and says so.
 
 import sys
 import time
-from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu_time_ssd import TOKENS, Pieces, milliseconds
-from benchmarks.tune_kernels import TOLERANCE, WORTH, default_workers, difference, finished, processes, write
+from benchmarks.tune_kernels import (
+    Jobs,
+    Trial,
+    compiled,
+    default_workers,
+    processes,
+    time_equals,
+    winner,
+    write,
+)
 from models.ops.kernel_configs import FOLDER
 
 CHUNK = 256
@@ -78,46 +86,39 @@ def compile_one(state_size: int, kernel: str, settings: dict) -> str | None:
 def tune(state_sizes: list[int], directory: Path, deadline: float, workers: int) -> None:
     """Time every candidate until `deadline` (time.time()), writing each kernel's winner at each state."""
     with processes(workers) as pool:
-        jobs: dict[tuple[int, str], list[tuple[dict, Future]]] = {}
+        jobs: dict[tuple[int, str], Jobs] = {}
         for size in state_sizes:
             config = pieces(size, TOKENS).shape.config
             for kernel in pieces(size, TOKENS).launches():
                 found = candidates(kernel, dict(config[kernel]), size)
                 jobs[size, kernel] = [(one, pool.submit(compile_one, size, kernel, one)) for one in found]
         for (size, kernel), submitted in jobs.items():
-            finished([job for _, job in submitted], deadline)
+            ready = compiled(kernel, f"N={size}", submitted, deadline)
             if time.time() > deadline:
                 print("out of time: the remaining candidates are left out")
                 break
-            problems = [job.result() for _, job in submitted if job.done()]
-            print("".join(f"  does not run: {problem}\n" for problem in problems if problem), end="")
-            ready = [one for one, job in submitted if job.done() and not job.result()]
-            if submitted[0][0] not in ready:
-                continue
-            winner = fastest(size, kernel, ready)
-            if winner:
+            used = submitted[0][0]
+            best = fastest(size, kernel, ready, deadline) if used in ready else None
+            pieces(size, TOKENS).shape.config[kernel] = dict(best or used)
+            if best:
                 key = f"P{pieces(size, TOKENS).shape.head_dim}-N{size}-16bit"
-                print("wrote", write(key, kernel, winner, directory, "ssd.json"), flush=True)
+                print("wrote", write(key, kernel, best, directory, "ssd.json"), flush=True)
 
 
-def fastest(state_size: int, kernel: str, ready: list[dict]) -> dict | None:
+def fastest(state_size: int, kernel: str, ready: list[dict], deadline: float) -> dict | None:
     """The best of the candidates that compute the same as the first, in use; None where that is the best."""
-    expected, times = None, []
-    for settings in ready:
-        results = run(state_size, kernel, settings, TOKENS)
-        if expected is None:
-            expected = results
-        elif error := difference([results], [expected]):
-            print(f"  {kernel} {settings} computes something else: {error:.1e} off (at most {TOLERANCE})")
-            continue
+
+    def try_one(settings: dict) -> Trial:
         launches = pieces(state_size, TOKENS).launches()[kernel]
-        times.append((sum(milliseconds(launch, 9) for launch in launches), settings))
-    best = min(times, key=lambda one: one[0])
-    pieces(state_size, TOKENS).shape.config[kernel] = dict(best[1])
+        return [run(state_size, kernel, settings, TOKENS)], lambda: sum(
+            milliseconds(one, 9) for one in launches
+        )
+
+    times = time_equals(kernel, ready, try_one, deadline)
     print(f"{kernel}, N = {state_size}")
     for taken, settings in sorted(times, key=lambda one: one[0]):
         print(f"  {taken:7.3f} ms  {settings}{'  (in use)' if settings == ready[0] else ''}", flush=True)
-    return best[1] if best[0] <= WORTH * times[0][0] else None
+    return winner(times)
 
 
 def main(arguments: list[str]) -> None:
