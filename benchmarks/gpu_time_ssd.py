@@ -2,7 +2,7 @@
 
 import torch
 
-from models.ops import conv_triton, ssd_triton
+from models.ops import conv_triton, ssd_triton, ssd_triton_shape
 from models.ops.conv import causal_conv1d
 from models.ops.ssd import ssd
 
@@ -68,9 +68,8 @@ class Pieces:
 
     def __init__(self, state_size, chunk, tokens=TOKENS):
         self.i = big_inputs(state_size, tokens)
-        config = dict(ssd_triton.CONFIGS[2], chunk={"Q": chunk})
-        ssd_triton.CONFIGS[2] = config
-        self.shape = ssd_triton.Shape(self.i["x"], self.i["B"], None)
+        ssd_triton_shape.CONFIGS[2] = dict(ssd_triton_shape.CONFIGS[2], chunk={"Q": chunk})
+        self.shape = ssd_triton_shape.Shape(self.i["x"], self.i["B"], None)
         self.dy = torch.randn_like(self.i["x"], memory_format=torch.contiguous_format)
         self.decays = ssd_triton.running_decays(self.shape, self.i["dt"], self.i["A"])
         self.scores = ssd_triton.chunk_scores(self.shape, self.i["B"], self.i["C"])

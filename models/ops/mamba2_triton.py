@@ -32,7 +32,8 @@ from .conv_triton import bounds_of, convolve, convolve_backward
 from .fold_triton import fold, unfold
 from .matmul import bias_gradient, input_gradient, product, weight_gradient
 from .norm_triton import norm_backward, norm_forward, rows_of
-from .ssd_triton import Scan, Shape, outputs, prepared, split_packed, ssd_backward, start_scan
+from .ssd_triton import Scan, outputs, prepared, split_packed, ssd_backward, start_scan
+from .ssd_triton_shape import Shape
 from .steps_triton import step_sizes, step_sizes_backward
 
 RECOMPUTE = ("none", "conv", "scan", "full")

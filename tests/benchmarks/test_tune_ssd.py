@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from benchmarks import tune_kernels, tune_ssd
-from models.ops import ssd_triton
+from models.ops.ssd_triton_shape import CONFIGS
 
 
 @pytest.fixture
 def pretended(interpreter, monkeypatch, tmp_path):
     """Times, wrong and broken settings; returns the function that tunes and gives what it wrote."""
     times, wrong, broken = {}, [], []
-    shape = SimpleNamespace(config={k: dict(v) for k, v in ssd_triton.CONFIGS[2].items()}, head_dim=64)
+    shape = SimpleNamespace(config={k: dict(v) for k, v in CONFIGS[2].items()}, head_dim=64)
 
     def launch(kernel):
         settings = shape.config[kernel]
@@ -42,7 +42,7 @@ def pretended(interpreter, monkeypatch, tmp_path):
         path = tmp_path / "a-gpu" / "ssd.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
-    used = dict(ssd_triton.CONFIGS[2]["march"])
+    used = dict(CONFIGS[2]["march"])
     return tune, times, wrong, broken, used
 
 
@@ -72,7 +72,7 @@ def test_no_time_no_result(pretended, capsys):
 
 def test_candidates_fit_the_state_and_exist():
     for kernel in tune_ssd.CANDIDATES:
-        used = ssd_triton.CONFIGS[2][kernel]
+        used = CONFIGS[2][kernel]
         found = tune_ssd.candidates(kernel, used, 64)
         assert found[0] == used
         assert all(one.get("BLOCK_N", 0) <= 64 for one in found[1:])

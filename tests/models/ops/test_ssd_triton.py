@@ -32,9 +32,9 @@ SMALL = {
 @pytest.fixture
 def kernels(interpreter, monkeypatch):
     """The operator on tiles so small that every loop and every edge is met by short sequences."""
-    from models.ops import ssd_triton
+    from models.ops import ssd_triton, ssd_triton_shape
 
-    monkeypatch.setitem(ssd_triton.CONFIGS, 4, SMALL)
+    monkeypatch.setitem(ssd_triton_shape.CONFIGS, 4, SMALL)
     return ssd_triton.ssd_triton
 
 
@@ -124,7 +124,7 @@ def test_packed_inputs_get_one_packed_gradient(kernels):
 
 @pytest.mark.parametrize("gpu", sorted(path.parent.name for path in FOLDER.glob("*/ssd.json")))
 def test_tuned_settings_are_the_kernels_own_and_their_tiles_fit(interpreter, gpu):
-    from models.ops.ssd_triton import CONFIGS
+    from models.ops.ssd_triton_shape import CONFIGS
 
     for shape, tuned in json.loads((FOLDER / gpu / "ssd.json").read_text()).items():
         config = {kernel: dict(settings) for kernel, settings in CONFIGS[2].items()}
