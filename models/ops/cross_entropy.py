@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import resolve
+from .linear import compute_dtype
 
 _LOGIT_BYTES = 512 * 2**20  # about what one chunk of logits may take
 REDUCTIONS = ("mean", "sum", "none")
@@ -54,8 +55,7 @@ def linear_cross_entropy(
     offered = ("torch",) if hidden.dtype == torch.float64 else ("triton", "torch")
     fused = resolve("linear_cross_entropy", hidden.device, offered, backend) == "triton"
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        rows = rows.to(torch.get_autocast_dtype(hidden.device.type))
+    rows = rows.to(compute_dtype(hidden))
     chunk = chunk_size or max(256, _LOGIT_BYTES // (weight.shape[0] * rows.element_size()) // 256 * 256)
     if reduction == "none":
         losses = [
