@@ -31,7 +31,7 @@ from training.rng import seed_everything
 from training.rules import accumulation
 from training.session import announce, draw_losses, on_main, open_run, write_description
 from training.signals import REQUEUE_STATUS, StopRequest, leave_requeue_note
-from training.start import start_model
+from training.start import start_model_beside, start_shape
 from training.state import Progress, Run, restore_run
 from training.validate import check_arguments, check_files
 
@@ -62,6 +62,8 @@ def run(config: RunConfig) -> int:
     """One run, from its first or its saved step to its last."""
     start, stop = StartClock(STARTED), StopRequest()
     start.done("imports")
+    # a run that starts anew knows its weights already; they are made while the processes meet
+    coming = start_model_beside(config, None) if config.resume == "never" else None
     distribution = start_distribution(config)
     try:
         rank, world_size, device = distribution.rank, distribution.world_size, distribution.device
@@ -69,31 +71,33 @@ def run(config: RunConfig) -> int:
         plan = make_plan(config, world_size)
         on_main(distribution, lambda: check_files(config))
         checkpoint = on_main(distribution, lambda: open_run(config, console))
+        coming = coming or start_model_beside(config, checkpoint)
         seed_everything(config.seed + rank)
         start.done("checks")
 
-        # ------------------------------------------------------------ model, expanded where asked for
-        model = start_model(config, checkpoint).to(device)
-        start.done("model")
-        levels = distribution.broadcast_object(choose_recompute(model, config, world_size, device))
-        model.set_recompute(levels)
+        # ------------------------------------------------------------ while weights come: recomputation, and data
+        shape = start_shape(config, checkpoint)
+        levels = distribution.broadcast_object(choose_recompute(shape, config, world_size, device))
         start.done("recomputation")
+        tokenizer = load_tokenizer(config)
+        loader = build_loader(config, tokenizer, rank, world_size, console)  # this rank's slots of every step
+        validation = build_validation(config, tokenizer, rank, world_size)
+        carried = CarriedStates(own_groups(config, rank, world_size)) if config.state_passing else None
+        start.done("data")
+
+        # ------------------------------------------------------------ model, expanded where asked for
+        model = coming.result().to(device)
+        model.set_recompute(levels)
+        start.done("model")
         if config.compile:
             model.compile()
         distribution.prepare(model, build_optimizer(model, config))
-        start.done("engine")
-
-        # ------------------------------------------------------------ data: this rank's slots of every step
-        tokenizer = load_tokenizer(config)
-        loader = build_loader(config, tokenizer, rank, world_size, console)
-        validation = build_validation(config, tokenizer, rank, world_size)
-        carried = CarriedStates(own_groups(config, rank, world_size)) if config.state_passing else None
 
         # ------------------------------------------------------------ loop
         state = Run(config, distribution, model, tokenizer, loader, validation, carried, Progress(), console)
         if checkpoint is not None:
             restore_run(state, checkpoint)
-        start.done("data")
+        start.done("engine")
         if distribution.is_main:
             write_description(config, model)
             state.metrics = MetricsLog(config, config.run_dir, state.progress.step)

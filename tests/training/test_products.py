@@ -7,7 +7,7 @@ from models.ops import matmul
 from training import validate
 from training.config import ConfigError, parse_arguments
 from training.plan import make_plan
-from training.start import start_model
+from training.start import start_shape
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_a_plan_names_fp8_and_needs_no_gpu():
 def test_the_run_sets_the_format_of_its_products():
     arguments = ["init_from=scratch", "model_name=gla-tiny", "products=fp8"]
     try:
-        start_model(parse_arguments(arguments), None)
+        start_shape(parse_arguments(arguments), None)
         assert matmul.products() == "fp8"
-        start_model(parse_arguments(arguments[:2]), None)
+        start_shape(parse_arguments(arguments[:2]), None)
         assert matmul.products() == "bf16"
     finally:
         matmul.set_products("bf16")
