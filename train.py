@@ -75,7 +75,7 @@ def run(config: RunConfig) -> int:
         seed_everything(config.seed + rank)
         start.done("checks")
 
-        # ------------------------------------------------------------ while weights come: recomputation, and data
+        # ------------------------------------------------------------ beside the weights: recomputation, data
         shape = start_shape(config, checkpoint)
         levels = distribution.broadcast_object(choose_recompute(shape, config, world_size, device))
         start.done("recomputation")
