@@ -1,0 +1,37 @@
+"""What trains: the same weights whatever happens beside them, and a shape that is known before they are."""
+
+import pytest
+import torch
+
+from training.config import ConfigError, parse_arguments
+from training.start import start_model, start_model_beside, start_shape
+
+
+@pytest.mark.parametrize("model_name", ["gla-tiny", "mamba2-tiny"])
+def test_the_shape_and_the_weights_made_in_a_thread_are_those_of_the_model(model_name, tmp_path):
+    scratch = parse_arguments(["init_from=scratch", f"model_name={model_name}", "seed=3", "drop_prop=2"])
+    start_model(parse_arguments(["init_from=scratch", f"model_name={model_name}"]), None).save_pretrained(
+        tmp_path / "weights"
+    )
+    pretrained = parse_arguments(
+        [f"model_name={model_name}", f"ckpt_path={tmp_path / 'weights'}", "layers=1"]
+    )
+    start_model(scratch, None).save_pretrained(tmp_path / "ckpt_1")
+    for config, checkpoint in ((scratch, None), (pretrained, None), (scratch, tmp_path / "ckpt_1")):
+        expected = start_model(config, checkpoint)
+        coming = start_model_beside(config, checkpoint)
+        shape = start_shape(config, checkpoint)
+        torch.randn(10)  # the process's own generator, which the weights do not follow
+        state = coming.result().state_dict()
+        assert shape.config.layers == expected.config.layers
+        assert {name: tensor.shape for name, tensor in shape.state_dict().items()} == {
+            name: tensor.shape for name, tensor in expected.state_dict().items()
+        }
+        assert state.keys() == expected.state_dict().keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_weights_that_cannot_be_read_are_told_to_whoever_waits_for_them(tmp_path):
+    config = parse_arguments(["model_name=gla-tiny", f"ckpt_path={tmp_path / 'none'}"])
+    with pytest.raises(ConfigError, match="is no folder"):
+        start_model_beside(config, None).result()
