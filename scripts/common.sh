@@ -166,15 +166,22 @@ check_counts() {
     fi
 }
 
+# DeepSpeed makes its group of one by itself (training/distribution.py).
+needs_launcher() {
+    [ "$n_gpus" -gt 1 ] || [ "$launch" = ddp ]
+}
+
 # Checks every argument in one process, because launchers turn any exit status into 1 and print a traceback.
+# Without a launcher train.py itself answers status 2 and one line, before it writes anything: seconds saved.
 check_settings() {
+    needs_launcher || return 0
     LOCAL_WORLD_SIZE=$((n_gpus / n_nodes)) "$PYTHON" train.py "${ARGUMENTS[@]}" --validate_only=true || exit
 }
 
 # settings -> COMMAND
 build_command() {
     COMMAND=("$PYTHON")
-    if [ "$launch" != cpu ] || [ "$n_gpus" -gt 1 ]; then
+    if needs_launcher; then
         if [ -z "$main_port" ]; then
             # port 0: any free one, so that two runs on one machine do not meet
             if [ "$n_nodes" -gt 1 ]; then main_port=29500; else main_port=0; fi

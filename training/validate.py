@@ -2,8 +2,8 @@
 
     python -m training.validate key=value ...     # exit status 0, or 2 and one line that says what to change
 
-Launchers turn every exit status into 1 and print a traceback, so the scripts call this first. `plan=true`
-prints the plan.
+Launchers turn every exit status into 1 and print a traceback, so the scripts check before they start one.
+`plan=true` prints the plan.
 """
 
 import os

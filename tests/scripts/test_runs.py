@@ -107,6 +107,25 @@ def test_ranks_are_told_from_their_launcher_by_its_module_not_by_a_name_in_their
     assert found == [rank], answer.stdout + answer.stderr
 
 
+@pytest.mark.parametrize(
+    ("launch", "processes", "launched"),
+    [("cpu", 1, False), ("zero1", 1, False), ("ddp", 1, True), ("cpu", 2, True), ("zero1", 2, True)],
+)
+def test_one_process_is_started_without_a_launcher_and_checks_its_arguments_itself(
+    launch, processes, launched
+):
+    stub = "ARGUMENTS=(); check_settings; build_command; echo ${COMMAND[@]}"
+    settings = f"PYTHON=echo launch={launch} n_gpus={processes}"
+    command = ["bash", "-c", f". scripts/common.sh; {settings}; {stub}"]
+    answer = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    *checks, last = answer.stdout.splitlines()
+    assert checks == (["train.py --validate_only=true"] if launched else []), answer.stderr
+    assert ("accelerate.commands.launch" in last) == launched
+    assert last.endswith("train.py")
+
+
 FAKE_SRUN = """#!/usr/bin/env bash
 # stands for srun: one task a node, here two on this machine
 while [ "${1#--}" != "$1" ]; do shift; done
