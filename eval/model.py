@@ -5,6 +5,7 @@ RNNs), and in left-padded batches. Models of transformers answer the same questi
 """
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from models.decoding import GraphedDecoder
 from models.language_model import LanguageModel
+from models.report import state_report
 
 from .items import GENERATE, LOGLIKELIHOOD, LOSSES, PREDICT, Item
 from .scoring import cut_at, position_buckets
@@ -22,6 +24,15 @@ from .scoring import cut_at, position_buckets
 LOGIT_ELEMENTS = 2**27  # logits held at once where those of many positions are needed: 0.5 GB in fp32
 LOOK_EVERY = 8  # decoding steps between looks at whether all rows are done: each look waits for the GPU
 SMALLEST_PIECE = 256
+ROWS = 32
+OPTION_ROWS = 256
+STATE_ELEMENTS = 2**32  # of a batch's recurrent states: 16 GB in fp32
+OPTION_LOGITS = 2**28  # 1 GB: options are short, and reading them in pieces keeps a GPU waiting
+UNSCORED = -100  # a target that does not count
+NOT_NUMBERS = (
+    "{item.task} {item.key}: the model's logits are not numbers (NaN); weights that diverged or are damaged, "
+    "or a dtype too narrow for them"
+)
 
 
 class EvalModel:
@@ -35,8 +46,6 @@ class EvalModel:
     Raises:
         ValueError: the tokenizer has tokens that the model does not know.
     """
-
-    max_rows = 32
 
     def __init__(
         self,
@@ -59,6 +68,8 @@ class EvalModel:
         self.allow_long = allow_long
         self.device = next(model.parameters()).device
         self.recurrent = isinstance(model, LanguageModel)
+        state = state_report(model).total_elements if self.recurrent else 1
+        self.option_rows = min(max(STATE_ELEMENTS // max(state, 1), ROWS), OPTION_ROWS)
         self.decoder = GraphedDecoder(model) if self.recurrent else None
         takes = inspect.signature(model.forward).parameters
         self.positions = "position_ids" in takes
@@ -70,6 +81,10 @@ class EvalModel:
         end = getattr(model.generation_config, "eos_token_id", None)
         end = tokenizer.eos_token_id if end is None else end
         self.end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
+
+    def rows(self, kind: str) -> int:
+        """How many items a batch may have; options are short, and few of them would leave a GPU idle."""
+        return self.option_rows if kind == LOGLIKELIHOOD else ROWS
 
     def longest(self) -> int | None:
         """Tokens that the model or its tokenizer allows, None without a limit."""
@@ -109,6 +124,8 @@ class EvalModel:
         torch.cuda.empty_cache()
         if len(items) > 1:
             middle = len(items) // 2
+            if items[0].kind == LOGLIKELIHOOD:
+                self.option_rows = min(self.option_rows, middle)  # the next ones fit at once
             return self.answer(items[:middle]) + self.answer(items[middle:])
         if not self.carries or self.piece <= SMALLEST_PIECE:
             raise MemoryError(
@@ -120,15 +137,16 @@ class EvalModel:
     # ------------------------------------------------------------------------------------------------
     # reading
 
-    def _pad(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
-        """Left-padded tokens [B, T] and their mask."""
-        length = max(len(item.tokens) for item in items)
-        ids = np.zeros((len(items), length), dtype=np.int64)
+    def _pad(self, prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, int]:
+        """Left-padded tokens [B, T], their mask, and where padding ends."""
+        length = max(map(len, prompts))
+        ids = np.zeros((len(prompts), length), dtype=np.int64)
         mask = np.zeros_like(ids)
-        for row, item in enumerate(items):
-            ids[row, length - len(item.tokens) :] = item.tokens
-            mask[row, length - len(item.tokens) :] = 1
-        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
+        for row, tokens in enumerate(prompts):
+            ids[row, length - len(tokens) :] = tokens
+            mask[row, length - len(tokens) :] = 1
+        padded = length - min(map(len, prompts))
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device), padded
 
     def _forward(self, ids: Tensor, mask: Tensor | None, cache: Any, keep: int) -> tuple[Tensor, Any]:
         """Logits [B, keep, V] of the last positions of `ids` [B, n] (0: all), and the state after them.
@@ -153,23 +171,19 @@ class EvalModel:
             return None  # nothing but tokens: the faster path
         return mask[:, :end] if padded else None
 
-    def _read(self, items: Sequence[Item], last: int, piece: int) -> tuple[Tensor, Any, Tensor, int]:
-        """Logits [B, last, V] of the last positions, the state, the mask, and where padding ends."""
-        ids, mask = self._pad(items)
-        padded = ids.shape[1] - min(len(item.tokens) for item in items)
-        cut = max(ids.shape[1] - last, 0) if self.carries else 0
+    def _read(self, prompts: Sequence[np.ndarray]) -> tuple[Tensor, Any, Tensor, int]:
+        """Logits [B, 1, V] after the prompts, the state, the mask, and where padding ends."""
+        ids, mask, padded = self._pad(prompts)
+        length = ids.shape[1]
         cache = None
-        for start in range(0, cut, piece):
-            end = min(start + piece, cut)
-            _, cache = self._forward(ids[:, start:end], self._mask(mask, padded, start, end), cache, 1)
-        end = ids.shape[1]
-        logits, cache = self._forward(ids[:, cut:], self._mask(mask, padded, cut, end), cache, last)
+        for start in range(0, length, self.piece):
+            end = min(start + self.piece, length)
+            logits, cache = self._forward(ids[:, start:end], self._mask(mask, padded, start, end), cache, 1)
         return logits, cache, mask, padded
 
     def _stream(self, items: Sequence[Item]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """All logits, piece by piece: (start, logits [B, n, V], tokens [B, T])."""
-        ids, mask = self._pad(items)
-        padded = ids.shape[1] - min(len(item.tokens) for item in items)
+        ids, mask, padded = self._pad([item.tokens for item in items])
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         piece = max(min(self.piece, LOGIT_ELEMENTS // (len(items) * vocabulary)), 16)
         cache, step = None, piece if self.carries else ids.shape[1]
@@ -186,7 +200,7 @@ class EvalModel:
         new_tokens = max(item.max_new_tokens for item in items)
         if not self.carries:
             return self._generate_whole(items, new_tokens)
-        logits, cache, mask, padded = self._read(items, 1, self.piece)
+        logits, cache, mask, padded = self._read([item.tokens for item in items])
         _check_numbers(items, logits)
         if self.decoder is not None:
             cache = self.decoder.start(cache)
@@ -205,7 +219,7 @@ class EvalModel:
         return [self._text(item, row)[0] for item, row in zip(items, rows)]
 
     def _generate_whole(self, items: Sequence[Item], new_tokens: int) -> list[str]:
-        ids, mask = self._pad(items)
+        ids, mask, _ = self._pad([item.tokens for item in items])
         output = self.model.generate(
             ids,
             attention_mask=mask,
@@ -230,17 +244,54 @@ class EvalModel:
         return cut, bool(ends) or len(row) == item.max_new_tokens or len(cut) < len(text)
 
     def _loglikelihood(self, items: Sequence[Item]) -> list[tuple[float, bool]]:
+        scores = self._score_options(items) if self.carries else self._score_whole(items)
+        likelihoods, greedy = zip(*scores)
+        sums = torch.stack(likelihoods).sum(0).tolist()  # the first look at anything: one wait for the GPU
+        for item, total in zip(items, sums):
+            if math.isnan(total):
+                raise ValueError(NOT_NUMBERS.format(item=item))
+        return list(zip(sums, torch.stack(greedy).all(0).tolist()))
+
+    def _score_options(self, items: Sequence[Item]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Contexts are read once each, however many options continue them, and their states handed out."""
+        contexts: dict[bytes, int] = {}
+        owners, prompts = [], []
+        for item in items:
+            prompt = item.tokens[: -item.continuation]
+            owner = contexts.setdefault(prompt.tobytes(), len(prompts))
+            if owner == len(prompts):
+                prompts.append(prompt)
+            owners.append(owner)
+        logits, cache, mask, _ = self._read(prompts)
+        if owners != list(range(len(items))):
+            rows = torch.as_tensor(owners, device=self.device)
+            logits, mask = logits[rows], mask[rows]
+            cache.batch_select_indices(rows)
+        targets, given = self._options(items)
+        yield _score(logits, targets[:, :1])
+        vocabulary = logits.shape[-1]
+        piece = max(min(self.piece, OPTION_LOGITS // (len(items) * vocabulary)), 16)
+        for start in range(0, targets.shape[1] - 1, piece):
+            end = min(start + piece, targets.shape[1] - 1)
+            seen = torch.cat([mask, given[:, :end]], 1)  # padding lies on both sides of what is read
+            logits, cache = self._forward(targets[:, start:end].clamp(min=0), seen, cache, 0)
+            yield _score(logits, targets[:, start + 1 : end + 1])
+
+    def _options(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+        """Right-padded continuations [B, n], UNSCORED behind their end, and their mask."""
+        targets = np.full((len(items), max(item.continuation for item in items)), UNSCORED, dtype=np.int64)
+        for row, item in enumerate(items):
+            targets[row, : item.continuation] = item.tokens[-item.continuation :]
+        moved = torch.from_numpy(targets).to(self.device)
+        return moved, (moved != UNSCORED).long()
+
+    def _score_whole(self, items: Sequence[Item]) -> Iterator[tuple[Tensor, Tensor]]:
+        ids, mask, padded = self._pad([item.tokens for item in items])
         longest = max(item.continuation for item in items)
-        logits, *_ = self._read(items, longest + 1, self.piece)
-        _check_numbers(items, logits)
-        answers = []
-        for item, row in zip(items, logits):
-            n = item.continuation
-            scores = row[-n - 1 : -1].float()  # [n, V], the position before each scored token
-            targets = torch.as_tensor(item.tokens[-n:], dtype=torch.int64, device=scores.device)
-            loss = F.cross_entropy(scores, targets, reduction="sum")
-            answers.append((-float(loss), bool((scores.argmax(-1) == targets).all())))
-        return answers
+        logits, _ = self._forward(ids, mask if padded else None, None, longest + 1)
+        scored = torch.as_tensor([item.continuation for item in items], device=self.device)
+        place = torch.arange(longest, 0, -1, device=self.device)  # counted from the end
+        yield _score(logits[:, :-1], ids[:, -longest:].masked_fill(place > scored[:, None], UNSCORED))
 
     def _predict(self, items: Sequence[Item]) -> list[list[int]]:
         answers: list[dict[int, int]] = [{} for _ in items]
@@ -272,16 +323,22 @@ def longest_prompt(window: int | None, tokenizer: Any, allow_long: bool) -> int 
     return min((limit for limit in (window, named) if limit), default=None)
 
 
+def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row [B] of logits [B, n, V]: log likelihood of the targets [B, n], and are all the likeliest?"""
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=UNSCORED, reduction="none"
+    )
+    alike = (logits.argmax(-1) == targets) | (targets == UNSCORED)
+    return -losses.view_as(targets).sum(1), alike.all(1)
+
+
 def _check_numbers(items: Sequence[Item], logits: Tensor) -> None:
     """Raises ValueError for NaN at the last position, where all earlier ones end up.
 
     argmax over NaN names the first token or option, which would look like an answer and even score.
     """
     if bool(logits[:, -1].isnan().any()):
-        raise ValueError(
-            f"{items[0].task} {items[0].key}: the model's logits are not numbers (NaN); weights that "
-            "diverged or are damaged, or a dtype too narrow for them"
-        )
+        raise ValueError(NOT_NUMBERS.format(item=items[0]))
 
 
 def _bucketed(losses: Tensor, length: int) -> list[list[float]]:

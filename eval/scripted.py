@@ -24,6 +24,9 @@ class ScriptedModel:
     def check(self, item: Item) -> None:
         item.check()
 
+    def rows(self, kind: str) -> int:
+        return self.max_rows
+
     def answer(self, items: Sequence[Item]) -> list[Any]:
         return [self._one(item) for item in items]
 

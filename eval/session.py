@@ -13,7 +13,8 @@ from .scoring import RULES
 from .store import Record, Store
 
 T = TypeVar("T")
-WINDOW_ITEMS = 256  # items sorted by length together; more pad less and hold more memory
+WINDOW_ITEMS = 1024  # items sorted by length together; more pad less and hold more memory
+FIRST_WINDOW = 128  # while it is made the model waits
 WINDOW_TOKENS = 2**18
 
 
@@ -33,8 +34,17 @@ class Session:
         self.model_seconds: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
 
-    def run(self, task: str, items: Iterable[Item], total: int | None = None) -> list[Record]:
+    def run(
+        self,
+        task: str,
+        items: Iterable[Item],
+        total: int | None = None,
+        records: list[Record] | None = None,
+    ) -> list[Record]:
         """The records of all items, in their order.
+
+        Args:
+            records: the list to fill, for those who watch it meanwhile.
 
         Raises:
             ValueError: an item that is longer than its budget, the tokenizer or the model allows.
@@ -42,17 +52,27 @@ class Session:
         """
         began = time.perf_counter()
         finished = self.store.finished(task)
-        records: list[Record] = []
+        records = [] if records is None else records
         with tqdm(total=total, desc=task, unit="item", disable=self.quiet) as progress:
-            for window in _windows(_ahead(items)):
-                records += self._window(task, window, finished, progress)
+            for window, names in _ahead(self._named(items)):
+                records += self._window(task, window, names, finished, progress)
+            progress.total = len(records)  # a corpus may end before as much as was asked for
+            progress.refresh()
         self.seconds[task] = self.seconds.get(task, 0.0) + time.perf_counter() - began
         return records
 
+    def _named(self, items: Iterable[Item]) -> Iterator[tuple[list[Item], list[str]]]:
+        for window in _windows(items):
+            yield window, [item.fingerprint(self.identity) for item in window]
+
     def _window(
-        self, task: str, window: list[Item], finished: dict[str, Record], progress: tqdm
+        self,
+        task: str,
+        window: list[Item],
+        names: list[str],
+        finished: dict[str, Record],
+        progress: tqdm,
     ) -> list[Record]:
-        names = [item.fingerprint(self.identity) for item in window]
         todo = [index for index, name in enumerate(names) if name not in finished]
         for index in todo:
             self.model.check(window[index])
@@ -72,15 +92,25 @@ class Session:
         return [finished[name] for name in names]
 
     def _batches(self, items: Sequence[Item], todo: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of items of one kind and about one length; the longest first, to fail early."""
-        order = sorted(todo, key=lambda index: (items[index].kind, -items[index].size))
+        """Indices of items of one kind and about one length; the longest first, to fail early.
+
+        Options of one question stay together: a batch reads their context once.
+        """
+
+        def place(index: int) -> tuple[str, int, int]:
+            item = items[index]
+            return item.kind, item.continuation - item.size, -item.size
+
         batch: list[int] = []
-        for index in order:
-            widest = items[batch[0]].size if batch else 0
-            full = len(batch) >= self.model.max_rows or widest * (len(batch) + 1) > self.model.batch_tokens
-            if batch and (full or items[batch[0]].kind != items[index].kind):
+        widest = 0
+        for index in sorted(todo, key=place):
+            item = items[index]
+            widest = max(widest, item.size)
+            full = len(batch) >= self.model.rows(item.kind)
+            full = full or widest * (len(batch) + 1) > self.model.batch_tokens
+            if batch and (full or items[batch[0]].kind != item.kind):
                 yield batch
-                batch = []
+                batch, widest = [], item.size
             batch.append(index)
         if batch:
             yield batch
@@ -103,19 +133,22 @@ def _record(item: Item, name: str, answer: Any, seconds: float) -> Record:
 
 def _windows(items: Iterable[Item]) -> Iterator[list[Item]]:
     window: list[Item] = []
-    tokens = 0
+    tokens, most = 0, FIRST_WINDOW
     for item in items:
         window.append(item)
         tokens += item.size
-        if len(window) >= WINDOW_ITEMS or tokens >= WINDOW_TOKENS:
+        if len(window) >= most or tokens >= WINDOW_TOKENS:
             yield window
-            window, tokens = [], 0
+            window, tokens, most = [], 0, min(2 * most, WINDOW_ITEMS)
     if window:
         yield window
 
 
-def _ahead(items: Iterable[T], depth: int = 16) -> Iterator[T]:
-    """The same items, made in a thread meanwhile: the GPU need not wait for prompts to be written."""
+def _ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
+    """The same windows, made in a thread meanwhile: the GPU need not wait for prompts to be written.
+
+    Whole windows, as a few items ahead are few milliseconds of a GPU where prompts are short.
+    """
     made: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 

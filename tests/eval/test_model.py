@@ -84,6 +84,33 @@ def test_likelihoods_equal_those_of_one_unpadded_pass(model: Any, tokenizer: Any
         assert found == pytest.approx(expected, abs=2e-4)
 
 
+def test_options_share_the_reading_of_their_context(model: Any, tokenizer: Any, monkeypatch: Any) -> None:
+    options = (" a", " another, longer one", " the third option of all", " b")
+    items = [
+        text_item(tokenizer, context + option, kind=LOGLIKELIHOOD, continuation=len(option))
+        for context in TEXTS
+        for option in options
+    ]
+    evaluated = EvalModel(model, tokenizer, piece=16)
+    monkeypatch.setattr("eval.model.OPTION_LOGITS", 1)  # pieces of 16 tokens
+    read: list[int] = []
+    forward = evaluated._forward
+
+    def counted(ids: torch.Tensor, *rest: Any) -> Any:
+        read.append(len(ids))
+        return forward(ids, *rest)
+
+    monkeypatch.setattr(evaluated, "_forward", counted)
+    mixed = [items[i] for i in (5, 0, 11, 3, 1, 9, 2, 8, 4, 10, 7, 6)]
+    found = dict(zip((item.key for item in mixed), evaluated.answer(mixed)))
+    assert read == [3] * 4 + [12] * 2  # 60 tokens of context, 23 of options
+    for item in items:
+        logs = F.log_softmax(whole_logits(model, item.tokens), -1)
+        first = len(item.tokens) - item.continuation
+        expected = sum(float(logs[t - 1, item.tokens[t]]) for t in range(first, len(item.tokens)))
+        assert found[item.key][0] == pytest.approx(expected, abs=2e-4)  # fp32 sums in another order
+
+
 def test_predictions_and_losses_across_pieces(model: Any, tokenizer: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("eval.model.LOGIT_ELEMENTS", 3 * 257 * 16)  # pieces of 16 tokens
     evaluated = EvalModel(model, tokenizer)
@@ -166,6 +193,21 @@ def test_a_batch_beyond_the_memory_is_halved_then_read_in_smaller_pieces(
     )
     with pytest.raises(MemoryError, match="do not fit the memory"):
         model.answer(items)
+
+
+def test_batches_of_options_that_did_not_fit_stay_small(llama: Any, tokenizer: Any, monkeypatch: Any) -> None:
+    model = EvalModel(llama, tokenizer)
+    items = [text_item(tokenizer, f"option {i}", kind=LOGLIKELIHOOD, continuation=2) for i in range(8)]
+    expected, real = model.answer(items), model._loglikelihood
+
+    def small_memory(batch: list[Item]) -> list[Any]:
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("full")
+        return real(batch)
+
+    monkeypatch.setattr(model, "_loglikelihood", small_memory)
+    assert [found for found, _ in model.answer(items)] == pytest.approx([found for found, _ in expected])
+    assert model.rows(LOGLIKELIHOOD) == 2
 
 
 def test_a_prompt_longer_than_allowed_is_an_error(llama: Any, tiny_folders: Any, tokenizer: Any) -> None:
