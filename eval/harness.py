@@ -2,9 +2,12 @@
 
 import difflib
 import functools
+import hashlib
 import importlib.util
+import itertools
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,46 +19,50 @@ from .store import Record
 INSTALL = 'pip install "lm_eval==0.4.13"'
 MAIN_METRICS = ("acc_norm", "acc", "contains", "exact_match")  # the first that a task has is its score
 ROLLING_TOKENS = 2**20
+CHUNK = 128  # requests that are tokenised together
+FEWSHOT_SEED = 1234  # with which lm-eval's own command draws examples
 
 
 def installed() -> bool:
     return importlib.util.find_spec("lm_eval") is not None
 
 
-def adapter(session: Session, task_name: str, is_gold: Callable[[Any], tuple[Any, ...]]) -> Any:
-    """An lm-eval LM over a session. Made in a function because lm-eval is imported only where it is used."""
-    from lm_eval.api.model import LM
+def load() -> None:
+    """What takes a second is done before a model waits for it."""
+    importlib.import_module("lm_eval.tasks")
 
-    class SessionLM(LM):
-        def _items(self, requests: Sequence[Any], make: Callable[[Any, str], Item]) -> list[Any]:
-            items = (make(request, f"{request.doc_id}/{request.idx}") for request in requests)
-            records = session.run(task_name, items, total=len(requests))
-            return [record["answer"] for record in records]
 
-        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            make = _likelihood_maker(session.model.tokenizer, task_name, is_gold)
-            return [(answer[0], bool(answer[1])) for answer in self._items(requests, make)]
+def items_of(
+    requests: Iterable[Any], tokenizer: Any, task: str, gold: Callable[[Any], tuple[Any, ...]]
+) -> Iterator[Item]:
+    """lm-eval's requests as items, tokenised many at a time: one by one takes twice as long."""
+    for chunk in _chunks(requests):
+        likelihoods = [request for request in chunk if request.request_type == LOGLIKELIHOOD]
+        made = iter(_likelihoods(likelihoods, tokenizer, task, gold))
+        for request in chunk:
+            if request.request_type == LOGLIKELIHOOD:
+                yield next(made)
+            elif request.request_type == "loglikelihood_rolling":
+                yield _rolling(request, tokenizer, task)
+            else:
+                yield _generation(request, tokenizer, task, gold(request))
 
-        def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-            # the state is carried from piece to piece, so a document of any length is one continuation
-            def make(request: Any, key: str) -> Item:
-                tokenizer = session.model.tokenizer
-                body = encode(tokenizer, request.args[0], special=False).tolist()
-                if len(body) > ROLLING_TOKENS:
-                    raise ValueError(
-                        f"{task_name} {key}: {len(body)} tokens in one text, {ROLLING_TOKENS} at most"
-                    )
-                return _likelihood(task_name, key, _start(tokenizer), body, ())
 
-            return [answer[0] for answer in self._items(requests, make)]
+def answers_of(records: Iterable[Record]) -> Iterator[Any]:
+    """In the form of lm-eval's own models: (log likelihood, is it the greedy continuation?), or a text."""
+    for record in records:
+        answer = record["answer"]
+        yield (answer[0], bool(answer[1])) if isinstance(answer, list) else answer
 
-        def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            def make(request: Any, key: str) -> Item:
-                return _generation(session.model.tokenizer, task_name, key, request, is_gold(request))
 
-            return self._items(requests, make)
+def _chunks(requests: Iterable[Any]) -> Iterator[list[Any]]:
+    rest = iter(requests)
+    while chunk := list(itertools.islice(rest, CHUNK)):
+        yield chunk
 
-    return SessionLM()
+
+def _key(request: Any) -> str:
+    return f"{request.doc_id}/{request.idx}"
 
 
 def _start(tokenizer: Any) -> list[int]:
@@ -79,32 +86,50 @@ def _likelihood(
     )
 
 
-def _likelihood_maker(tokenizer: Any, task: str, is_gold: Callable[[Any], tuple[Any, ...]]) -> Callable:
-    context_tokens = functools.lru_cache(maxsize=1)(lambda text: encode(tokenizer, text).tolist())
-
-    def make(request: Any, key: str) -> Item:
+def _likelihoods(
+    requests: Sequence[Any], tokenizer: Any, task: str, gold: Callable[[Any], tuple[Any, ...]]
+) -> Iterator[Item]:
+    parts = []
+    for request in requests:
         context, continuation = request.args
         # spaces at the border belong to the continuation: " word" is one token, as in lm-eval's own models
         stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        if not stripped:
-            body = encode(tokenizer, continuation, special=False).tolist()
-            return _likelihood(task, key, _start(tokenizer), body, is_gold(request))
-        before = context_tokens(stripped)  # the same for all options of a question
-        whole = encode(tokenizer, stripped + continuation).tolist()
-        return _likelihood(task, key, before, whole[len(before) :], is_gold(request))
+        parts.append((stripped, context[len(stripped) :] + continuation))
+    contexts = list(dict.fromkeys(context for context, _ in parts if context))  # options share theirs
+    encoded = _encode_all(tokenizer, [*contexts, *(context + rest for context, rest in parts if context)])
+    before = dict(zip(contexts, encoded))
+    wholes = iter(encoded[len(contexts) :])
+    for request, (context, rest) in zip(requests, parts):
+        if context:
+            head = before[context]
+            body = next(wholes)[len(head) :]
+        else:
+            head, body = _start(tokenizer), encode(tokenizer, rest, special=False).tolist()
+        yield _likelihood(task, _key(request), head, body, gold(request))
 
-    return make
+
+def _encode_all(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(texts, truncation=False, verbose=False, return_attention_mask=False)["input_ids"]
 
 
-def _generation(tokenizer: Any, task: str, key: str, request: Any, answers: tuple[Any, ...]) -> Item:
+def _rolling(request: Any, tokenizer: Any, task: str) -> Item:
+    # the state is carried from piece to piece, so a document of any length is one continuation
+    body = encode(tokenizer, request.args[0], special=False).tolist()
+    if len(body) > ROLLING_TOKENS:
+        raise ValueError(f"{task} {_key(request)}: {len(body)} tokens in one text, {ROLLING_TOKENS} at most")
+    return _likelihood(task, _key(request), _start(tokenizer), body, ())
+
+
+def _generation(request: Any, tokenizer: Any, task: str, answers: tuple[Any, ...]) -> Item:
     prompt, options = request.args
     if options.get("do_sample") or options.get("temperature"):
         raise ValueError(f"{task} samples its answers (do_sample); only greedy tasks are supported")
     until = options.get("until") or []
     return Item(
         task=task,
-        key=key,
+        key=_key(request),
         kind=GENERATE,
         tokens=encode(tokenizer, prompt),
         answers=tuple(str(answer) for answer in answers),
@@ -119,6 +144,9 @@ def run_task(
 ) -> list[Record]:
     """Documents of one lm-eval task with their scores, as records.
 
+    lm-eval's own loop (`evaluator.evaluate`) writes all prompts before the first is answered, and hashes and
+    copies every document for its log; here prompts are written while the model reads.
+
     Args:
         name: what lm-eval calls it; `label` is the name of the results.
         home: lm-eval's own folder of the task, where it is known.
@@ -128,16 +156,104 @@ def run_task(
         ValueError: lm-eval does not know the task, or its data cannot be had.
     """
     task = _load(name, home, folder)
-    from lm_eval import evaluator, utils
+    from lm_eval import utils
 
-    model = adapter(session, label, lambda request: gold_of(task, request))
     # lm-eval compiles a prompt's template anew for each document, which takes longer than all else it does
     compiled = functools.cache(utils.env.from_string)
     with mock.patch.object(utils.env, "from_string", compiled):
-        results = evaluator.evaluate(
-            model, {"tasks": {name: task}, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=0
+        documents = _documents(task, limit)
+        scores = Scores(task, label, documents)
+        gold = functools.lru_cache(maxsize=1)(lambda index: _target(task, documents[index]))
+        items = items_of(
+            _requests(task, documents, scores),
+            session.model.tokenizer,
+            label,
+            lambda request: gold_of(request, gold(request.doc_id)),
         )
-    return [_record(label, sample) for sample in results["samples"][name]]
+        session.run(label, items, _count(task, documents), scores.answered)
+        return scores.finish()
+
+
+def _documents(task: Any, limit: int | None) -> list[dict[str, Any]]:
+    # what the task has read: asking it for `eval_docs` processes the whole split again
+    documents = getattr(task, "task_docs", None)
+    documents = task.eval_docs if documents is None else documents
+    if limit is not None:
+        documents = itertools.islice(documents, limit)
+    elif hasattr(documents, "to_list"):  # a data set of `datasets`, whose rows are slow to read one by one
+        return documents.to_list()
+    return list(documents)
+
+
+def _count(task: Any, documents: Sequence[dict[str, Any]]) -> int:
+    """How many requests the documents make."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return len(documents)
+    options = sum(len(task.doc_to_choice(document)) for document in documents)
+    return 2 * options if "acc_mutual_info" in getattr(task, "_metric_fn_list", ()) else options
+
+
+def _requests(task: Any, documents: Sequence[dict[str, Any]], scores: "Scores") -> Iterator[Any]:
+    """What `build_all_requests` makes, one document after the other."""
+    config = task.config
+    for index, document in enumerate(documents):
+        context = task.fewshot_context(
+            document, num_fewshot=config.num_fewshot or 0, gen_prefix=task.doc_to_prefix(document)
+        )
+        made = task.construct_requests(
+            doc=document, ctx=context, metadata=(config.task, index, config.repeats)
+        )
+        made = made if isinstance(made, list) else [made]
+        scores.asked.append(made)
+        yield from made
+        scores.catch_up()
+
+
+class Scores:
+    """Scores documents once they are answered, in the thread that writes prompts: the model is busy then.
+
+    Attributes:
+        asked: the requests of each document, in the order in which they are asked.
+        answered: their answers, one request after the other, of which the last are still to come.
+    """
+
+    def __init__(self, task: Any, label: str, documents: Sequence[dict[str, Any]]) -> None:
+        self.task = task
+        self.label = label
+        self.documents = documents
+        self.asked: list[list[Any]] = []
+        self.answered: list[Record] = []
+        self._used = 0  # answers
+        self._scored = 0  # documents
+        self._records: dict[str, list[Record]] = {}  # by filter
+
+    def catch_up(self) -> None:
+        while self._scored < len(self.asked):
+            requests = self.asked[self._scored]
+            end = self._used + len(requests)
+            if end > len(self.answered):
+                return
+            self._score(self._scored, requests, answers_of(self.answered[self._used : end]))
+            self._used = end
+            self._scored += 1
+
+    def finish(self) -> list[Record]:
+        """All records, by filter if lm-eval defines several."""
+        self.catch_up()
+        assert self._scored == len(self.documents)
+        return list(itertools.chain.from_iterable(self._records.values()))
+
+    def _score(self, index: int, requests: list[Any], answers: Iterable[Any]) -> None:
+        for request, answer in zip(requests, answers, strict=True):
+            request.resps = [answer] * request.repeats  # greedy: asked again it would be the same
+        self.task._instances = requests
+        self.task.apply_filters()
+        ordered = sorted(requests, key=lambda request: request.idx)
+        for name in requests[0].filtered_resps:
+            filtered = [request.filtered_resps[name] for request in ordered]
+            metrics = self.task.process_results(self.documents[index], filtered)
+            record = _record(self.label, index, metrics, [request.resps for request in ordered])
+            self._records.setdefault(name, []).append(record)
 
 
 @functools.cache
@@ -161,16 +277,27 @@ def check_name(name: str, home: str | None = None) -> None:
 
 
 def _load(name: str, home: str | None, folder: Path | None) -> Any:
+    import datasets
     from datasets.exceptions import DatasetsError
+    from lm_eval.api.task import ConfigurableTask
 
     check_name(name, home)
     manager = _manager(home)
     spec: Any = name
     if folder is not None:
         # a group is where lm-eval takes a task of its own with one field changed
-        spec = {"group": "local", "task": [{"task": name, "dataset_path": str(folder)}]}
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / f"local-{_state_of(folder)}"
+        local = {"dataset_path": str(folder), "dataset_kwargs": {"cache_dir": str(cache)}}
+        spec = {"group": "local", "task": [{"task": name, **local}]}
+    examples = ConfigurableTask.fewshot_docs
+
+    def only_if_shown(task: Any) -> Any:
+        return examples(task) if task.config.num_fewshot else None
+
     try:
-        loaded = manager.load([spec])["tasks"]
+        # to read a whole training split takes longer than to answer the questions
+        with mock.patch.object(ConfigurableTask, "fewshot_docs", only_if_shown):
+            loaded = manager.load([spec])["tasks"]
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         cause = error.__cause__ or error  # "an error occurred while generating" says nothing by itself
         raise ValueError(
@@ -179,30 +306,46 @@ def _load(name: str, home: str | None, folder: Path | None) -> Any:
         ) from None
     if len(loaded) != 1:
         raise ValueError(f"lm_eval:{name} stands for {len(loaded)} tasks; name them one by one")
-    return next(iter(loaded.values()))
+    task = next(iter(loaded.values()))
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        raise ValueError(f"lm_eval:{name} runs code that models write, or shows images; neither is supported")
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return task
 
 
-def gold_of(task: Any, request: Any) -> tuple[Any, ...]:
+def _state_of(folder: Path) -> str:
+    """Changes with any file of the folder.
+
+    `datasets` keeps what it has read, for a named part of a folder under that name alone: without this it
+    would go on answering with rows that are no longer there, or with those of another folder.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+
+def _target(task: Any, document: dict[str, Any]) -> Any:
+    asks = task.doc_to_text if getattr(task, "multiple_input", 0) else task.doc_to_target
+    return asks(document)
+
+
+def gold_of(request: Any, target: Any) -> tuple[Any, ...]:
     """What a scripted model needs to be right: is this option the right one, or which text is."""
-    if request.request_type == "loglikelihood":
-        target = task.doc_to_target(request.doc)
-        if getattr(task, "multiple_input", 0):
-            target = task.doc_to_text(request.doc)
+    if request.request_type == LOGLIKELIHOOD:
         return (isinstance(target, int) and target == request.idx,)
-    target = task.doc_to_target(request.doc)
     return tuple(target) if isinstance(target, list) else (target,)
 
 
-def _record(label: str, sample: dict[str, Any]) -> Record:
-    metrics = {name: float(sample[name]) for name in sample["metrics"] if _is_number(sample[name])}
-    if _all_tie(sample["resps"]):
+def _record(label: str, index: int, results: dict[str, Any], responses: Sequence[Any]) -> Record:
+    metrics = {name: float(value) for name, value in results.items() if _is_number(value)}
+    if _all_tie(responses):
         metrics = dict.fromkeys(metrics, 0.0)
     main = next((name for name in MAIN_METRICS if name in metrics), next(iter(metrics), None))
     if main is None:
         raise ValueError(f"{label} has no metric of single documents; only such tasks are supported")
     return {
         "task": label,
-        "key": str(sample["doc_id"]),
+        "key": str(index),
         "group": {},
         "score": metrics[main],
         "metric": main,

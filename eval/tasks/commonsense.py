@@ -34,7 +34,10 @@ def lacks(task: str, settings: Settings) -> str | None:
     if not harness.installed():
         return f"lm-eval is not installed: {harness.INSTALL}"
     folder: Any = _folder(task, settings)
-    return None if folder is None or folder.is_dir() else f"no data in {folder}: {DOWNLOAD}"
+    if folder is not None and not folder.is_dir():
+        return f"no data in {folder}: {DOWNLOAD}"
+    harness.load()
+    return None
 
 
 def check(settings: Settings) -> None:

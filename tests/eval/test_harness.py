@@ -1,14 +1,17 @@
 """lm-eval's requests answered by a session equal those answered by lm-eval's own model class."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from eval import harness
 from eval.model import EvalModel
+from eval.tasks import commonsense
 
 PAIRS = [
     ("Question: what is wet?\nAnswer:", " water"),
@@ -18,39 +21,82 @@ PAIRS = [
 ]
 
 
-def requests(*arguments: tuple) -> list[Any]:
+def requests(kind: str, *arguments: tuple) -> list[Any]:
     return [
-        SimpleNamespace(args=pair, doc={}, doc_id=i, idx=0, request_type="x")
+        SimpleNamespace(args=pair, doc={}, doc_id=i, idx=0, request_type=kind)
         for i, pair in enumerate(arguments)
     ]
+
+
+def ask(session: Any, asked: list[Any]) -> list[Any]:
+    items = harness.items_of(asked, session.model.tokenizer, "t", lambda request: ())
+    return list(harness.answers_of(session.run("t", items)))
 
 
 def test_answers_equal_those_of_lm_evals_own_model(llama: Any, tokenizer: Any, session: Callable) -> None:
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     reference = huggingface.HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=1, device="cpu")
-    own = harness.adapter(session(EvalModel(llama, tokenizer, piece=16)), "t", lambda request: ())
+    own = session(EvalModel(llama, tokenizer, piece=16))
+    asked = requests("loglikelihood", *PAIRS)
     for (found, greedy), (expected, expected_greedy) in zip(
-        own.loglikelihood(requests(*PAIRS)), reference.loglikelihood(requests(*PAIRS), disable_tqdm=True)
+        ask(own, asked), reference.loglikelihood(asked, disable_tqdm=True), strict=True
     ):
         assert found == pytest.approx(expected, abs=1e-3)
         assert greedy == expected_greedy
     text = "A text of its own that is scored from the first token to the last. " * 3
-    rolling = requests((text,))
-    assert own.loglikelihood_rolling(rolling)[0] == pytest.approx(
+    rolling = requests("loglikelihood_rolling", (text,))
+    assert ask(own, rolling)[0][0] == pytest.approx(
         reference.loglikelihood_rolling(rolling, disable_tqdm=True)[0], rel=1e-4
     )
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0}
-    asked = [(context, dict(options)) for context, _ in PAIRS[:3]]
-    assert own.generate_until(requests(*asked)) == reference.generate_until(
-        requests(*[(context, dict(options)) for context, _ in PAIRS[:3]]), disable_tqdm=True
+    written = requests("generate_until", *[(context, dict(options)) for context, _ in PAIRS[:3]])
+    assert ask(own, written) == reference.generate_until(
+        requests("generate_until", *[(context, dict(options)) for context, _ in PAIRS[:3]]), disable_tqdm=True
     )
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("task", ["piqa", "hellaswag", "winogrande", "arc_easy", "siqa"])
+def test_documents_score_as_in_lm_evals_own_loop(
+    task: str,
+    limit: int | None,
+    settings: Callable,
+    llama: Any,
+    tokenizer: Any,
+    session: Callable,
+    monkeypatch: Any,
+) -> None:
+    evaluator = pytest.importorskip("lm_eval.evaluator")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    name, home, folder = commonsense.TASKS[task]
+    source = settings().data / folder
+    reference = huggingface.HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=1, device="cpu")
+    tasks = {"tasks": {name: harness._load(name, home, source)}, "groups": {}, "group_map": {}}
+    samples = evaluator.evaluate(reference, tasks, limit=limit, bootstrap_iters=0)["samples"][name]
+    totals: list[int] = []
+    monkeypatch.setattr("eval.session.tqdm", lambda total, **_: totals.append(total) or tqdm(disable=True))
+    records = harness.run_task(name, task, home, source, limit, session(EvalModel(llama, tokenizer)))
+    assert totals == [sum(len(sample["arguments"]) for sample in samples)]
+    assert [record["key"] for record in records] == [str(sample["doc_id"]) for sample in samples]
+    for record, sample in zip(records, samples, strict=True):
+        assert record["metrics"] == {metric: sample[metric] for metric in sample["metrics"]}
+
+
+def test_rows_of_an_earlier_state_of_a_folder_are_not_used(tmp_path: Path, settings: Callable) -> None:
+    name, home, folder = commonsense.TASKS["winogrande"]
+    shutil.copytree(settings().data / folder, tmp_path / folder)
+    first = harness._documents(harness._load(name, home, tmp_path / folder), None)
+    file = tmp_path / folder / "validation.jsonl"
+    file.write_text(file.read_text().replace("The cup", "A cup"))
+    second = harness._documents(harness._load(name, home, tmp_path / folder), None)
+    assert {row["sentence"][:5] for row in first} == {"The c"}
+    assert {row["sentence"][:5] for row in second} == {"A cup"}
+
+
 def test_options_that_all_tie_are_no_answer() -> None:
-    sample = {"metrics": ["acc"], "acc": 1.0, "doc_id": 0, "resps": [[(-5.0, False)], [(-5.0, False)]]}
-    assert harness._record("t", sample)["score"] == 0.0
-    sample["resps"] = [[(-5.0, False)], [(-6.0, False)]]
-    assert harness._record("t", sample)["score"] == 1.0
+    for second, score in ((-5.0, 0.0), (-6.0, 1.0)):
+        responses = [[(-5.0, False)], [(second, False)]]
+        assert harness._record("t", 0, {"acc": 1.0}, responses)["score"] == score
 
 
 def test_an_unknown_lm_eval_task_is_named() -> None:
@@ -71,12 +117,10 @@ def test_an_unknown_lm_eval_task_stops_the_command_before_a_model_is_loaded(
 
 
 def test_an_empty_option_is_an_error(tokenizer: Any, session: Callable, llama: Any) -> None:
-    own = harness.adapter(session(EvalModel(llama, tokenizer)), "t", lambda request: ())
     with pytest.raises(ValueError, match="t 0/0: an option is empty"):
-        own.loglikelihood(requests(("a", "")))
+        ask(session(EvalModel(llama, tokenizer)), requests("loglikelihood", ("a", "")))
 
 
 def test_sampled_answers_are_refused(tokenizer: Any, session: Callable, llama: Any) -> None:
-    own = harness.adapter(session(EvalModel(llama, tokenizer)), "t", lambda request: ())
     with pytest.raises(ValueError, match="samples its answers"):
-        own.generate_until(requests(("a", {"do_sample": True})))
+        ask(session(EvalModel(llama, tokenizer)), requests("generate_until", ("a", {"do_sample": True})))
