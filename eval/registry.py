@@ -35,7 +35,7 @@ class Family:
         run: instead of build, where a library scores by itself: (task, settings, session) -> records.
         lacks: (task, settings) -> what is missing and the command that brings it, or None.
         check: raises ValueError for settings that the family cannot work with.
-        count: (task, settings) -> how many items `build` makes, None where only the data tells.
+        count: (task, settings) -> how many items `build` makes at most, without a tokenizer; None: not known.
     """
 
     name: str

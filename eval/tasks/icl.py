@@ -4,6 +4,7 @@
 examples in the prompt can tell. The others are public data sets with their own labels.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -161,8 +162,12 @@ def lacks(task: str, settings: Settings) -> str | None:
     return f"no data in {settings.data / SOURCES[task]}: {DOWNLOAD}"
 
 
-def count(task: str, settings: Settings) -> int | None:
-    return len(settings.shots) * (settings.limit or DEFAULT_ITEMS) if task == GENERATED else None
+def count(task: str, settings: Settings) -> int:
+    asked = settings.limit or DEFAULT_ITEMS
+    if task != GENERATED:
+        rows = _rows(settings.data / SOURCES[task], "test")
+        asked = sum(1 for _ in itertools.islice(rows, asked))
+    return len(settings.shots) * asked
 
 
 register(Family(name="icl", tasks=(GENERATED, *SOURCES), build=build, lacks=lacks, count=count))

@@ -79,4 +79,8 @@ def lacks(task: str, settings: Settings) -> str | None:
     return "no corpus is named: corpus=DIR with jsonl files (python -m data.quickstart out=DIR makes one)"
 
 
-register(Family(name="ppl", tasks=("ppl",), build=build, lacks=lacks, check=check))
+def count(task: str, settings: Settings) -> int:
+    return len(settings.lengths_or(*DEFAULT_LENGTHS)) * (settings.limit or DEFAULT_ITEMS)
+
+
+register(Family(name="ppl", tasks=("ppl",), build=build, lacks=lacks, check=check, count=count))

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from eval.registry import select
-from eval.run import main
+from eval.run import main, run_one
 from eval.scripted import Oracle
 
 FAST = ["plots=false", "limit=2", "lengths=512"]
@@ -317,19 +318,24 @@ def test_a_length_beyond_the_window_of_a_transformer_is_refused_before_it_is_loa
     assert "allows 1024 tokens" in told
 
 
-@pytest.mark.parametrize(
-    ("task", "total"),
-    [
-        ("passkey", 2 * 3),
-        ("niah_text", 2 * 3),
-        ("mqar", 3 * 2 * 3),
-        ("icl_topics", 3 * 3),
-        ("icl_sst2", None),
-    ],
-)
-def test_progress_knows_its_end(task: str, total: int | None, settings: Any) -> None:
+@pytest.mark.parametrize("limit", [2, 30])
+@pytest.mark.parametrize("task", ["passkey", "mqar", "icl_topics", "icl_sst2", "fda", "squad_twice", "nq"])
+def test_progress_knows_its_end(task: str, limit: int, settings: Any, tokenizer: Any) -> None:
     ((family, _),) = select([task])
-    assert family.count(task, settings(limit=3, lengths="1K,2K")) == total
+    chosen = settings(limit=limit, lengths="512,1024", shots="2,3", pairs="2", distances="0")
+    assert family.count(task, chosen) == len(list(family.build(task, chosen, tokenizer)))
+
+
+def test_progress_ends_where_a_corpus_does(
+    settings: Any, tokenizer: Any, session: Any, monkeypatch: Any
+) -> None:
+    bars = []
+    monkeypatch.setattr("eval.session.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    ((family, _),) = select(["ppl"])
+    chosen = settings(lengths="512", limit=30)
+    records = run_one(family, "ppl", chosen, session(Oracle(tokenizer)))
+    assert family.count("ppl", chosen) == 30
+    assert [bar.total for bar in bars] == [len(records)] == [7]
 
 
 def test_a_prompt_beyond_the_tokenizers_length_fails_and_nothing_is_cut(
