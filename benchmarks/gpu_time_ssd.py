@@ -85,6 +85,10 @@ class Pieces:
     def run_march(self):
         return ssd_triton.march(self.shape, self.i["x"], self.i["B"], self.decays, None, False)[0]
 
+    def run_march_back(self):
+        shape, states = self.shape, self.states
+        return ssd_triton.march(shape, self.dy, self.i["C"], self.decays, None, False, fronts=states)[0]
+
     def run_outputs(self, forward):
         ssd_triton.outputs(
             self.shape,
@@ -119,29 +123,24 @@ class Pieces:
 
     def launches(self):
         """Kernel -> its launches, for the kernels that benchmarks/tune_ssd.py tunes."""
-        forward = self.run_march if self.large else lambda: self.run_states(True)
+        marches = {"march": [self.run_march], "march_back": [self.run_march_back]}
         return {
             "outputs": [lambda: self.run_outputs(True), lambda: self.run_outputs(False)],
             "score_gradients": [lambda: self.run_scores()[0].tril()],  # above, nothing is written
             "key_gradients": [lambda: self.run_keys(True), lambda: self.run_keys(False)],
-            "march" if self.large else "states": [forward],
+            **(marches if self.large else {"states": [lambda: self.run_states(True)]}),
         }
 
     def table(self):
         """Kernel -> [(label, function, FLOPs, bytes)]."""
         state_size, chunk = self.shape.state_size, self.shape.chunk
         tokens = self.shape.length
-        rows, state = tokens * HEADS * HEAD_DIM * 2, self.states.numel() * 2
-        with_state = 2.0 * tokens * HEADS * HEAD_DIM * state_size
+        with_state, rows, state = self.sizes()
         intra = 1.0 * tokens * chunk * HEADS * HEAD_DIM
         s, d = self.shape, self.decays
         sums = self.sums()
         return {
-            "states": [
-                (f"states fw={f}", lambda f=f: self.run_states(f), with_state, rows + state)
-                for f in ((False,) if self.large else (True, False))
-            ],
-            "march": [("march", self.run_march, with_state, rows + state)] if self.large else [],
+            **(self.marches() if self.large else self.passes()),
             "outputs": [
                 (f"outputs fw={f}", lambda f=f: self.run_outputs(f), with_state + intra, 2 * rows + state)
                 for f in (True, False)
@@ -150,17 +149,6 @@ class Pieces:
             "key_gradients": [
                 (f"key_gradients q={q}", lambda q=q: self.run_keys(q), with_state, rows + state)
                 for q in (True, False)
-            ],
-            "pass": [
-                ("pass_states", lambda: ssd_triton.pass_states(s, self.states, d, None, False), 0, 2 * state)
-            ],
-            "pass_gradients": [
-                (
-                    "pass_gradients",
-                    lambda: ssd_triton.pass_gradients(s, self.gradients, self.states, d, None, None),
-                    0,
-                    3 * state,
-                )
             ],
             "steps": [
                 (
@@ -186,6 +174,34 @@ class Pieces:
             ],
         }
 
+    def passes(self):
+        s, d, with_state, rows, state = self.shape, self.decays, *self.sizes()
+        back = (self.gradients, self.states, d, None, None)
+        return {
+            "states": [
+                (f"states fw={f}", lambda f=f: self.run_states(f), with_state, rows + state)
+                for f in (True, False)
+            ],
+            "pass": [
+                ("pass_states", lambda: ssd_triton.pass_states(s, self.states, d, None, False), 0, 2 * state),
+                ("pass_gradients", lambda: ssd_triton.pass_gradients(s, *back), 0, 3 * state),
+            ],
+        }
+
+    def marches(self):
+        with_state, rows, state = self.sizes()
+        return {
+            "march": [
+                ("march", self.run_march, with_state, rows + state),
+                ("march_back", self.run_march_back, with_state, rows + 2 * state),
+            ]
+        }
+
+    def sizes(self):
+        """FLOPs of a product with the state; bytes of x, and of the states."""
+        tokens = self.shape.length * HEADS * HEAD_DIM
+        return 2.0 * tokens * self.shape.state_size, 2 * tokens, 2 * self.states.numel()
+
     def sums(self):
         i, s, d = self.i, self.shape, self.decays
         _, row_sums, column_sums, _ = self.run_scores()
@@ -195,7 +211,7 @@ class Pieces:
             )
             for queries in (True, False)
         )
-        parts, _ = ssd_triton.pass_gradients(s, self.gradients, self.states, d, None, None)
+        _, parts, _ = ssd_triton.state_gradients(s, self.dy, i["C"], self.states, d, None, None)
         return (row_sums, column_sums, read, added), parts
 
 

@@ -45,6 +45,10 @@ CANDIDATES = {
         {"STAGES": 2}, {"STAGES": 4}, {"STAGES": 5}, {"num_warps": 8}, {"BLOCK_K": 32, "STAGES": 5},
         {"BLOCK_N": 64, "STAGES": 4}, {"BLOCK_N": 256, "num_warps": 8},
     ],
+    "march_back": [
+        {"STAGES": 2}, {"STAGES": 4}, {"num_warps": 8}, {"num_warps": 8, "maxnreg": 128},
+        {"BLOCK_K": 32, "STAGES": 4}, {"BLOCK_N": 64, "maxnreg": 128}, {"BLOCK_N": 256, "num_warps": 8},
+    ],
     "states": [{"num_stages": 2}, {"num_stages": 4}, {"HEADS": 2, "num_warps": 8}, {"BLOCK_N": 64}],
 }  # fmt: skip
 

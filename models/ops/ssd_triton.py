@@ -1,7 +1,7 @@
 """The SSD operator on CUDA with this repository's own Triton kernels: nothing to compile at installation.
 
 Forward: running decays, C B^T once per group and chunk, what every chunk adds to the state, states in front
-of the chunks, outputs. Backward: the same states again, their gradients by the mirrored passes, then dx, the
+of the chunks, outputs. Backward: the same states again, their gradients in mirrored order, then dx, the
 gradient of C B^T, dB and dC summed over heads inside one program (no atomics: the same bits every time), and
 ddt from row sums. States between kernels are in the inputs' dtype, sums and decays in fp32. Only the inputs
 are kept for the backward.
@@ -23,7 +23,6 @@ from .ssd_triton_forward import (
     march_kernel,
     outputs_kernel,
     pass_states_kernel,
-    scale_kernel,
     scores_kernel,
     states_kernel,
 )
@@ -123,7 +122,7 @@ def start_scan(shape: Shape, inputs, output_final_state: bool) -> tuple[Scan, Te
     decays = running_decays(shape, dt, A)
     scores = chunk_scores(shape, B, C)
     if shape.state_size >= LARGE_STATE:
-        states, final = march(shape, x, B, decays, initial_state, output_final_state)
+        states, final, _ = march(shape, x, B, decays, initial_state, output_final_state)
     else:
         states = chunk_states(shape, x, B, decays, forward=True)
         final = pass_states(shape, states, decays, initial_state, output_final_state)
@@ -146,8 +145,7 @@ def ssd_backward(
     scan = scan or start_scan(shape, inputs, False)[0]
     decays, scores, states = scan.decays, scan.scores, scan.states
     dscores, row_sums, column_sums, dD = score_gradients(shape, x, dy, scores, decays, D is not None)
-    gradients = chunk_states(shape, dy, C, decays, forward=False)
-    decay_parts, dinitial = pass_gradients(shape, gradients, states, decays, dfinal, initial_state)
+    gradients, decay_parts, dinitial = state_gradients(shape, dy, C, states, decays, dfinal, initial_state)
     read_sums = key_gradients(shape, dy, C, B, states, dscores, decays, dC, queries=True)
     scan.states = states = None
     outputs(shape, dy, B, gradients, scores, D, decays, dx, forward=False)
@@ -192,32 +190,12 @@ def chunk_states(shape: Shape, values: Tensor, keys: Tensor, decays, *, forward:
     """What every chunk adds to the state (x and B), or (dy and C) asks of it: `[chunks, H, P, N]`."""
     sizes = shape.chunks, shape.heads, shape.head_dim, shape.state_size
     states = torch.empty(sizes, dtype=shape.state_dtype, device=keys.device)
-    if not forward and shape.regular and shape.state_size >= LARGE_STATE:
-        return large_chunk_asks(shape, values, keys, decays, states)
     tiles = shape.tiles("states")
     grid = (shape.state_size // tiles["BLOCK_N"], shape.heads // tiles["HEADS"], shape.chunks)
     states_kernel[grid](
         values, keys, shape.start, shape.lengths, *decays, states, values.stride(1), keys.stride(1),
         **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward, PRECISION=shape.precision,
     )  # fmt: skip
-    return states
-
-
-def large_chunk_asks(shape: Shape, dy: Tensor, C: Tensor, decays, states: Tensor) -> Tensor:
-    """`chunk_states` of the backward pass: one pass that scales dy, and a library's batched product.
-
-    dy of all heads of a group meet the same C: [H P, Q] times [Q, N] for every chunk.
-    """
-    scaled = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    rows = min(64, shape.chunk)
-    scale_kernel[(shape.chunk // rows, shape.heads, shape.chunks)](
-        dy, decays[0], scaled, dy.stride(1), **shape.sizes("H", "P", "Q"), ROWS=rows
-    )
-    scaled = scaled.view(shape.chunks, shape.chunk, shape.groups, -1)
-    keys = C.flatten(0, 1).unflatten(0, (shape.chunks, shape.chunk))  # [chunks, Q, G, N]
-    out = states.view(shape.chunks, shape.groups, -1, shape.state_size)
-    for group in range(shape.groups):
-        torch.bmm(scaled[:, :, group].transpose(1, 2), keys[:, :, group], out=out[:, group])
     return states
 
 
@@ -235,18 +213,33 @@ def large_chunk_reads(shape: Shape, keys: Tensor, states: Tensor) -> Tensor:
 
 
 def march(
-    shape: Shape, x: Tensor, B: Tensor, decays, initial_state: Tensor | None, final: bool
-) -> tuple[Tensor, Tensor | None]:
-    """States in front of the chunks `[chunks, H, P, N]`; the final states `[S, H, P, N]` if asked for."""
-    sizes, tiles = (shape.heads, shape.head_dim, shape.state_size), shape.tiles("march")
-    states = torch.empty(shape.chunks, *sizes, dtype=shape.state_dtype, device=x.device)
-    last = torch.empty(shape.sequences, *sizes, dtype=torch.float32, device=x.device) if final else None
-    march_kernel[(shape.state_size // tiles["BLOCK_N"], shape.heads, shape.sequences)](
-        x, B, shape.start, shape.lengths, shape.first, *decays, states, initial_state, last,
-        x.stride(1), B.stride(1), **shape.sizes("H", "G", "P", "N", "Q"), **tiles,
-        HAS_INITIAL=initial_state is not None, HAS_FINAL=final, PRECISION=shape.precision,
+    shape: Shape, values: Tensor, keys: Tensor, decays, begin: Tensor | None, last: bool,
+    fronts: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """States in front of the chunks from x and B, or gradients of those behind them from dy and C.
+
+    Args:
+        begin: the state `[S, H, P, N]` to begin with, that is the initial one or the final one's gradient.
+        last: whether what the march ends with, `[S, H, P, N]`, is wanted too.
+        fronts: the states in front of the chunks; with them the march goes backwards.
+
+    Returns:
+        `[chunks, H, P, N]`, the last one or None, parts of the decays' gradients or None.
+    """
+    sizes, forward = (shape.heads, shape.head_dim, shape.state_size), fronts is None
+    tiles = shape.tiles("march" if forward else "march_back")
+    blocks = shape.state_size // tiles["BLOCK_N"]
+    states = torch.empty(shape.chunks, *sizes, dtype=shape.state_dtype, device=values.device)
+    end = torch.empty(shape.sequences, *sizes, dtype=torch.float32, device=values.device) if last else None
+    parts = None
+    if not forward:
+        parts = torch.empty(shape.chunks, shape.heads, blocks, dtype=torch.float32, device=values.device)
+    march_kernel[(blocks, shape.heads, shape.sequences)](
+        values, keys, shape.start, shape.lengths, shape.first, *decays, states, begin, end, fronts, parts,
+        values.stride(1), keys.stride(1), **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward,
+        HAS_INITIAL=begin is not None, HAS_FINAL=last, PRECISION=shape.precision,
     )  # fmt: skip
-    return states, last
+    return states, end, parts
 
 
 def pass_states(
@@ -276,6 +269,18 @@ def outputs(shape: Shape, values, keys, states, scores, D, decays, out: Tensor, 
         **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward, HAS_D=D is not None,
         HAS_READS=reads, PRECISION=shape.precision,
     )  # fmt: skip
+
+
+def state_gradients(shape: Shape, dy: Tensor, C: Tensor, states: Tensor, decays, dfinal, initial_state):
+    """Gradients of the states behind the chunks; parts of the decays' gradients; the initial state's."""
+    if shape.state_size >= LARGE_STATE:
+        gradients, dinitial, parts = march(
+            shape, dy, C, decays, dfinal, initial_state is not None, fronts=states
+        )
+    else:
+        gradients = chunk_states(shape, dy, C, decays, forward=False)
+        parts, dinitial = pass_gradients(shape, gradients, states, decays, dfinal, initial_state)
+    return gradients, parts, dinitial
 
 
 def pass_gradients(shape: Shape, gradients: Tensor, states: Tensor, decays, dfinal, initial_state):

@@ -70,21 +70,6 @@ def _state_scale(cumulative_ptr, steps_ptr, at, last, FORWARD: tl.constexpr):
 
 
 @triton.jit
-def scale_kernel(
-    values_ptr, cumulative_ptr, scaled_ptr, values_stride,
-    H: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """values times the decay from the start of their chunk, for full chunks. Grid: (Q / ROWS, H, chunks)."""
-    chunk, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
-    token, channel = (chunk * Q + rows)[:, None], head * P + channels[None, :]
-    values = tl.load(values_ptr + token * values_stride + channel)
-    decay = tl.exp2(tl.load(cumulative_ptr + chunk * (H * Q) + head * Q + rows))
-    scaled = values * decay[:, None]
-    tl.store(scaled_ptr + token * (H * P) + channel, scaled.to(scaled_ptr.dtype.element_ty))
-
-
-@triton.jit
 def states_kernel(
     values_ptr, keys_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr, states_ptr,
     values_stride, keys_stride,
@@ -169,13 +154,16 @@ def pass_states_kernel(
 @triton.jit
 def march_kernel(
     values_ptr, keys_ptr, start_ptr, length_ptr, first_ptr, cumulative_ptr, steps_ptr, states_ptr,
-    initial_ptr, final_ptr, values_stride, keys_stride,
+    initial_ptr, final_ptr, fronts_ptr, decay_ptr, values_stride, keys_stride,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FORWARD: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`states_kernel` and `pass_states_kernel` in one: walks a sequence with a [P, BLOCK_N] tile of state.
+    """What each chunk adds and what is passed on in one: walks a sequence with a [P, BLOCK_N] tile of state.
 
+    Forward, states in front of the chunks from x and B. Backward, from the last chunk to the first, gradients
+    of the states behind them from dy and C, and, with `fronts` the states in front, this tile's part in the
+    gradient of each chunk's total decay, [c, h, N / BLOCK_N].
     A large state then passes through memory once, not three times; a small one has too few tiles for a GPU.
     Grid: (N / BLOCK_N, H, sequences).
     """
@@ -189,29 +177,41 @@ def march_kernel(
     in_values = place[:, None] * values_stride + channels[None, :]
     in_keys = place[:, None] * keys_stride + columns[None, :]
     in_state = channels[:, None] * N + columns[None, :]
+    blocks = tl.num_programs(0)
     values_ptr += begin * values_stride + head * P
     keys_ptr += begin * keys_stride + (head // (H // G)) * N
     states_ptr += (first * H + head) * (P * N)
     cumulative_ptr += (first * H + head) * Q
-    steps_ptr += (first * H + head) * Q
+    if FORWARD:
+        steps_ptr += (first * H + head) * Q
+    else:
+        fronts_ptr += (first * H + head) * (P * N)
+        decay_ptr += (first * H + head) * blocks + tl.program_id(0)
     own = (sequence * H + head) * (P * N) + in_state
     if HAS_INITIAL:
         state = tl.load(initial_ptr + own).to(tl.float32)
     else:
         state = tl.zeros([P, BLOCK_N], tl.float32)
     pieces: tl.constexpr = Q // BLOCK_K
-    for step in tl.range(0, (end - first) * pieces, num_stages=STAGES):
+    chunks = end - first
+    for step in tl.range(0, chunks * pieces, num_stages=STAGES):
         chunk, piece = step // pieces, step % pieces
-        token = step * BLOCK_K
+        if not FORWARD:
+            chunk = chunks - 1 - chunk
+        token = chunk * Q + piece * BLOCK_K
         inside = (place < stop - begin - token)[:, None]
         values = tl.load(values_ptr + token * values_stride + in_values, mask=inside, other=0.0)
         keys = tl.load(keys_ptr + token * keys_stride + in_keys, mask=inside, other=0.0)
         at = chunk * (H * Q) + piece * BLOCK_K + place
         last = tl.load(cumulative_ptr + chunk * (H * Q) + Q - 1)
-        scale = tl.exp2(last - tl.load(cumulative_ptr + at)) * tl.load(steps_ptr + at)
+        scale = _state_scale(cumulative_ptr, steps_ptr, at, last, FORWARD)
+        decay = tl.exp2(tl.where(piece == 0, last, 0.0))
         if piece == 0:
             tl.store(states_ptr + chunk * (H * P * N) + in_state, state.to(states_ptr.dtype.element_ty))
-        state *= tl.exp2(tl.where(piece == 0, last, 0.0))
+            if not FORWARD:
+                front = tl.load(fronts_ptr + chunk * (H * P * N) + in_state)
+                tl.store(decay_ptr + chunk * (H * blocks), tl.sum(state * front) * decay)
+        state *= decay
         scaled = (values * scale[:, None]).to(keys.dtype)
         state = tl.dot(tl.trans(scaled), keys, state, input_precision=PRECISION)
     if HAS_FINAL:

@@ -15,6 +15,7 @@ CONFIGS = {
         "scores": {"ROWS": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
         "states": {"HEADS": 1, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
         "march": {"BLOCK_K": 64, "BLOCK_N": 128, "STAGES": 3, "num_warps": 4},
+        "march_back": {"BLOCK_K": 64, "BLOCK_N": 128, "STAGES": 3, "num_warps": 4, "maxnreg": None},
         "pass": {"BLOCK": 512, "num_warps": 4},
         # one warp: a sum over a block then crosses no barrier
         "pass_gradients": {"BLOCK": 256, "num_warps": 1},
@@ -32,6 +33,7 @@ CONFIGS = {
         "scores": {"ROWS": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         "states": {"HEADS": 1, "BLOCK_K": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "march": {"BLOCK_K": 32, "BLOCK_N": 64, "STAGES": 2, "num_warps": 4},
+        "march_back": {"BLOCK_K": 32, "BLOCK_N": 64, "STAGES": 2, "num_warps": 4, "maxnreg": None},
         "pass": {"BLOCK": 512, "num_warps": 4},
         "pass_gradients": {"BLOCK": 256, "num_warps": 1},
         "outputs": {

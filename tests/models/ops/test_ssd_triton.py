@@ -20,6 +20,7 @@ SMALL = {
     "scores": {"ROWS": 16, "BLOCK_N": 16},
     "states": {"HEADS": 2, "BLOCK_K": 16, "BLOCK_N": 16},
     "march": {"BLOCK_K": 16, "BLOCK_N": 16, "STAGES": 2},
+    "march_back": {"BLOCK_K": 16, "BLOCK_N": 16, "STAGES": 2},
     "pass": {"BLOCK": 128},
     "pass_gradients": {"BLOCK": 128},
     "outputs": {"ROWS": 16, "BLOCK_K": 16, "BLOCK_N": 16},
@@ -51,11 +52,12 @@ def test_kernels_equal_the_recurrence(kernels, batch, length, groups):
 
 
 @pytest.mark.parametrize(("batch", "groups"), [(1, 1), (2, 2)])
-def test_large_states_take_the_march_and_batched_products(kernels, batch, groups, monkeypatch):
+def test_large_states_take_marches_and_batched_products(kernels, batch, groups, monkeypatch):
     from models.ops import ssd_triton
 
     monkeypatch.setattr(ssd_triton, "LARGE_STATE", 16)
-    monkeypatch.setattr(ssd_triton, "states_kernel", None)  # not taken
+    for kernel in ("states_kernel", "pass_states_kernel", "pass_gradients_kernel"):
+        monkeypatch.setattr(ssd_triton, kernel, None)  # not taken
     inputs = make_inputs(batch, 64, groups=groups, state_size=16)
     expected = results_and_gradients(ssd_recurrent, inputs)
     assert_close(results_and_gradients(kernels, single(inputs), cu_seqlens=None), expected, 2e-5)
@@ -135,5 +137,5 @@ def test_tuned_settings_are_the_kernels_own_and_their_tiles_fit(interpreter, gpu
         assert config["outputs"]["ROWS"] % config["outputs"]["BLOCK_K"] == 0
         for kernel in ("scores", "outputs", "score_gradients", "key_gradients"):
             assert config["chunk"]["Q"] % config[kernel]["ROWS"] == 0
-        for kernel in ("states", "march", "key_gradients"):
+        for kernel in ("states", "march", "march_back", "key_gradients"):
             assert config["chunk"]["Q"] % config[kernel]["BLOCK_K"] == 0
