@@ -36,12 +36,13 @@ class StartClock:
     """What the time from the start of the program to the end of the first step goes into.
 
     Args:
-        began: time.perf_counter() at the start.
+        began: time.perf_counter() at the start, before the imports, which are the first part.
     """
 
     def __init__(self, began: float) -> None:
         self._began = self._last = began
         self._parts: list[str] = []
+        self.done("imports")
 
     def done(self, part: str) -> None:
         """The time since the part before went into this one."""
