@@ -162,6 +162,7 @@ def run_task(
     compiled = functools.cache(utils.env.from_string)
     with mock.patch.object(utils.env, "from_string", compiled):
         documents = _documents(task, limit)
+        _write_once(task, documents)
         scores = Scores(task, label, documents)
         gold = functools.lru_cache(maxsize=1)(lambda index: _target(task, documents[index]))
         items = items_of(
@@ -183,6 +184,26 @@ def _documents(task: Any, limit: int | None) -> list[dict[str, Any]]:
     elif hasattr(documents, "to_list"):  # a data set of `datasets`, whose rows are slow to read one by one
         return documents.to_list()
     return list(documents)
+
+
+def _write_once(task: Any, documents: Sequence[dict[str, Any]]) -> None:
+    """A document has one text, answer and options; lm-eval renders their templates up to four times."""
+    for name in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        if hasattr(task, name):  # tasks written in Python need not have options
+            setattr(task, name, _remembering(getattr(task, name), {id(document) for document in documents}))
+
+
+def _remembering(write: Callable[..., Any], documents: set[int]) -> Callable[..., Any]:
+    known: dict[int, Any] = {}
+
+    def remembered(document: Any, *template: Any) -> Any:
+        if template or id(document) not in documents:  # an example, written in its own way
+            return write(document, *template)
+        if id(document) not in known:
+            known[id(document)] = write(document)
+        return known[id(document)]
+
+    return remembered
 
 
 def _count(task: Any, documents: Sequence[dict[str, Any]]) -> int:

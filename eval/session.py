@@ -14,8 +14,9 @@ from .store import Record, Store
 
 T = TypeVar("T")
 WINDOW_ITEMS = 1024  # items sorted by length together; more pad less and hold more memory
-FIRST_WINDOW = 128  # while it is made the model waits
 WINDOW_TOKENS = 2**18
+FIRST_ITEMS = 32  # the model waits while the first window is made; from then on they grow twofold
+FIRST_TOKENS = 2**16
 
 
 class Session:
@@ -133,13 +134,14 @@ def _record(item: Item, name: str, answer: Any, seconds: float) -> Record:
 
 def _windows(items: Iterable[Item]) -> Iterator[list[Item]]:
     window: list[Item] = []
-    tokens, most = 0, FIRST_WINDOW
+    tokens, most_items, most_tokens = 0, FIRST_ITEMS, FIRST_TOKENS
     for item in items:
         window.append(item)
         tokens += item.size
-        if len(window) >= most or tokens >= WINDOW_TOKENS:
+        if len(window) >= most_items or tokens >= most_tokens:
             yield window
-            window, tokens, most = [], 0, min(2 * most, WINDOW_ITEMS)
+            window, tokens = [], 0
+            most_items, most_tokens = min(2 * most_items, WINDOW_ITEMS), min(2 * most_tokens, WINDOW_TOKENS)
     if window:
         yield window
 
