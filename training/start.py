@@ -2,9 +2,11 @@
 
 import json
 import os
+import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +26,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_BESIDE = "weights"  # name of the thread that makes them
 # keys that must not change between a run and its continuation: they decide what the checkpoint's tensors and
 # its position in the corpus mean
 _FIXED = (
@@ -128,10 +131,19 @@ def start_model_beside(config: RunConfig, checkpoint: Path | None) -> Future[Lan
 
     Weights come from a generator of their own, so that a seed means the same ones whatever runs beside.
     """
-    thread = ThreadPoolExecutor(1)
+    thread = ThreadPoolExecutor(1, thread_name_prefix=_BESIDE)
     model = thread.submit(start_model, config, checkpoint)
     thread.shutdown(wait=False)
     return model
+
+
+def leave(status: int) -> NoReturn:
+    """End the process; sys.exit would first wait for weights, which nobody wants after a wrong argument."""
+    if any(thread.name.startswith(_BESIDE) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _source(config: RunConfig, checkpoint: Path | None) -> Path:

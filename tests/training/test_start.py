@@ -1,9 +1,12 @@
 """What trains: the same weights whatever happens beside them, and a shape that is known before they are."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from training.config import ConfigError, parse_arguments
+from training.config import REPOSITORY, ConfigError, parse_arguments
 from training.start import start_model, start_model_beside, start_shape
 
 
@@ -35,3 +38,16 @@ def test_weights_that_cannot_be_read_are_told_to_whoever_waits_for_them(tmp_path
     config = parse_arguments(["model_name=gla-tiny", f"ckpt_path={tmp_path / 'none'}"])
     with pytest.raises(ConfigError, match="is no folder"):
         start_model_beside(config, None).result()
+
+
+def test_a_wrong_argument_does_not_wait_for_the_weights(tmp_path):
+    never = "import time, training.start; training.start.start_model = lambda *_: time.sleep(600)"
+    command = f"{never}; import runpy; runpy.run_path('train.py', run_name='__main__')"
+    arguments = ["launch=cpu", "model_name=gla-tiny", "init_from=scratch", f"output_dir={tmp_path}"]
+    arguments += ["train_config=tiny", f"data_path={tmp_path}", f"tokenizer={tmp_path / 'none'}"]
+    answer = subprocess.run(
+        [sys.executable, "-c", command, *arguments],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert answer.returncode == 2, answer.stderr
+    assert answer.stderr.splitlines()[-1].startswith("error: tokenizer: ")
