@@ -18,6 +18,7 @@ from .store import Record
 
 INSTALL = 'pip install "lm_eval==0.4.13"'
 MAIN_METRICS = ("acc_norm", "acc", "contains", "exact_match")  # the first that a task has is its score
+ROLLING = "loglikelihood_rolling"  # lm-eval's name for the likelihood of a whole text
 ROLLING_TOKENS = 2**20
 CHUNK = 128  # requests that are tokenised together
 FEWSHOT_SEED = 1234  # with which lm-eval's own command draws examples
@@ -42,17 +43,23 @@ def items_of(
         for request in chunk:
             if request.request_type == LOGLIKELIHOOD:
                 yield next(made)
-            elif request.request_type == "loglikelihood_rolling":
+            elif request.request_type == ROLLING:
                 yield _rolling(request, tokenizer, task)
             else:
                 yield _generation(request, tokenizer, task, gold(request))
 
 
-def answers_of(records: Iterable[Record]) -> Iterator[Any]:
-    """In the form of lm-eval's own models: (log likelihood, is it the greedy continuation?), or a text."""
-    for record in records:
+def answers_of(requests: Iterable[Any], records: Iterable[Record]) -> Iterator[Any]:
+    """In the form of lm-eval's own models: (log likelihood, is it the greedy continuation?), or a text.
+
+    Of a whole text the log likelihood alone.
+    """
+    for request, record in zip(requests, records, strict=True):
         answer = record["answer"]
-        yield (answer[0], bool(answer[1])) if isinstance(answer, list) else answer
+        if request.request_type == LOGLIKELIHOOD:
+            yield answer[0], bool(answer[1])
+        else:
+            yield answer[0] if request.request_type == ROLLING else answer
 
 
 def _chunks(requests: Iterable[Any]) -> Iterator[list[Any]]:
@@ -254,7 +261,7 @@ class Scores:
             end = self._used + len(requests)
             if end > len(self.answered):
                 return
-            self._score(self._scored, requests, answers_of(self.answered[self._used : end]))
+            self._score(self._scored, requests, answers_of(requests, self.answered[self._used : end]))
             self._used = end
             self._scored += 1
 

@@ -26,7 +26,8 @@ LOOK_EVERY = 8  # decoding steps between looks at whether all rows are done: eac
 SMALLEST_PIECE = 256
 ROWS = 32
 OPTION_ROWS = 256
-STATE_ELEMENTS = 2**32  # of a batch's recurrent states: 16 GB in fp32
+STATE_ELEMENTS = 2**32  # of a batch's recurrent states on a GPU: 16 GB in fp32
+CPU_STATE_ELEMENTS = 2**28  # few rows fill a CPU, and memory that it lacks is no error but the end
 OPTION_LOGITS = 2**28  # 1 GB: options are short, and reading them in pieces keeps a GPU waiting
 UNSCORED = -100  # a target that does not count
 NOT_NUMBERS = (
@@ -69,7 +70,8 @@ class EvalModel:
         self.device = next(model.parameters()).device
         self.recurrent = isinstance(model, LanguageModel)
         state = state_report(model).total_elements if self.recurrent else 1
-        self.option_rows = min(max(STATE_ELEMENTS // max(state, 1), ROWS), OPTION_ROWS)
+        held = STATE_ELEMENTS if self.device.type == "cuda" else CPU_STATE_ELEMENTS
+        self.option_rows = min(max(held // max(state, 1), ROWS), OPTION_ROWS)
         self.decoder = GraphedDecoder(model) if self.recurrent else None
         takes = inspect.signature(model.forward).parameters
         self.positions = "position_ids" in takes
@@ -125,7 +127,8 @@ class EvalModel:
         if len(items) > 1:
             middle = len(items) // 2
             if items[0].kind == LOGLIKELIHOOD:
-                self.option_rows = min(self.option_rows, middle)  # the next ones fit at once
+                # the next ones fit at once; but a few long ones say nothing of many short ones
+                self.option_rows = min(self.option_rows, max(middle, ROWS))
             return self.answer(items[:middle]) + self.answer(items[middle:])
         if not self.carries or self.piece <= SMALLEST_PIECE:
             raise MemoryError(

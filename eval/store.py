@@ -4,6 +4,7 @@ DIR/{model}/model.json says which model the folder belongs to, DIR/{model}/answe
 answers.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -46,14 +47,16 @@ class Store:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._close()
-        self._lock.close()
+        try:
+            self._close()
+        finally:
+            self._lock.close()
 
     def _close(self) -> None:
-        if self._handle is not None:
-            with self._handle as handle:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with handle:
                 os.fsync(handle.fileno())
-            self._handle = None
 
     def _file(self, task: str) -> Path:
         return self.folder / "answers" / f"{task.replace('/', '_').replace(':', '_')}.jsonl"
@@ -85,11 +88,17 @@ class Store:
             self._close()
             self._task = task
             self._handle = open(self._file(task), "a", encoding="utf-8")  # noqa: SIM115 - _close does
-        self._handle.write("".join(_encode(record) + "\n" for record in records))
-        self._handle.flush()
-        if time.monotonic() - self._synced >= SYNC_SECONDS:
-            os.fsync(self._handle.fileno())
-            self._synced = time.monotonic()
+        try:
+            self._handle.write("".join(_encode(record) + "\n" for record in records))
+            self._handle.flush()
+            if time.monotonic() - self._synced >= SYNC_SECONDS:
+                os.fsync(self._handle.fileno())
+                self._synced = time.monotonic()
+        except OSError:  # a full disk: what is left of these lines is no other task's trouble
+            handle, self._handle = self._handle, None
+            with contextlib.suppress(OSError):
+                handle.close()
+            raise
 
 
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:

@@ -36,7 +36,10 @@ def lacks(task: str, settings: Settings) -> str | None:
     folder: Any = _folder(task, settings)
     if folder is not None and not folder.is_dir():
         return f"no data in {folder}: {DOWNLOAD}"
-    harness.load()
+    try:
+        harness.load()
+    except ImportError as error:  # something that it needs is missing or does not fit
+        return f"lm-eval cannot be imported ({error}): {harness.INSTALL}"
     return None
 
 

@@ -30,7 +30,7 @@ def requests(kind: str, *arguments: tuple) -> list[Any]:
 
 def ask(session: Any, asked: list[Any]) -> list[Any]:
     items = harness.items_of(asked, session.model.tokenizer, "t", lambda request: ())
-    return list(harness.answers_of(session.run("t", items)))
+    return list(harness.answers_of(asked, session.run("t", items)))
 
 
 def test_answers_equal_those_of_lm_evals_own_model(llama: Any, tokenizer: Any, session: Callable) -> None:
@@ -45,7 +45,7 @@ def test_answers_equal_those_of_lm_evals_own_model(llama: Any, tokenizer: Any, s
         assert greedy == expected_greedy
     text = "A text of its own that is scored from the first token to the last. " * 3
     rolling = requests("loglikelihood_rolling", (text,))
-    assert ask(own, rolling)[0][0] == pytest.approx(
+    assert ask(own, rolling)[0] == pytest.approx(
         reference.loglikelihood_rolling(rolling, disable_tqdm=True)[0], rel=1e-4
     )
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0}
@@ -114,6 +114,17 @@ def test_an_unknown_lm_eval_task_stops_the_command_before_a_model_is_loaded(
     words = ["model=scripted:oracle", "tasks=lm_eval:piqqa", f"output={tmp_path / 'out'}"]
     assert main(words) == 2
     assert "has no task 'piqqa'; did you mean piqa?" in capsys.readouterr().err
+
+
+def test_an_lm_eval_that_cannot_be_imported_is_named_as_what_a_task_lacks(
+    settings: Callable, monkeypatch: Any
+) -> None:
+    def load() -> None:
+        raise ImportError("no module named sacrebleu")
+
+    monkeypatch.setattr(harness, "installed", lambda: True)
+    monkeypatch.setattr(harness, "load", load)
+    assert "cannot be imported (no module named sacrebleu)" in commonsense.lacks("piqa", settings())
 
 
 def test_an_empty_option_is_an_error(tokenizer: Any, session: Callable, llama: Any) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from eval.items import LOGLIKELIHOOD, LOSSES, PREDICT, Item, as_tokens
 from eval.model import EvalModel
-from models import load_pretrained
+from models import load_pretrained, state_report
 
 from .conftest import text_item
 
@@ -206,8 +206,21 @@ def test_batches_of_options_that_did_not_fit_stay_small(llama: Any, tokenizer: A
         return real(batch)
 
     monkeypatch.setattr(model, "_loglikelihood", small_memory)
-    assert [found for found, _ in model.answer(items)] == pytest.approx([found for found, _ in expected])
-    assert model.rows(LOGLIKELIHOOD) == 2
+    for fewest, rows in ((32, 32), (2, 2)):
+        monkeypatch.setattr("eval.model.ROWS", fewest)
+        assert [found for found, _ in model.answer(items)] == pytest.approx([found for found, _ in expected])
+        assert model.rows(LOGLIKELIHOOD) == rows
+
+
+def test_a_batch_of_options_holds_few_states_where_memory_runs_out_without_a_word(
+    tiny_folders: Any, tokenizer: Any, monkeypatch: Any
+) -> None:
+    model = load_pretrained(tiny_folders["gla"])
+    state = state_report(model).total_elements
+    monkeypatch.setattr("eval.model.CPU_STATE_ELEMENTS", 50 * state)
+    assert EvalModel(model, tokenizer).rows(LOGLIKELIHOOD) == 50
+    monkeypatch.setattr("eval.model.CPU_STATE_ELEMENTS", 5 * state)
+    assert EvalModel(model, tokenizer).rows(LOGLIKELIHOOD) == 32  # as many as of any other kind
 
 
 def test_a_prompt_longer_than_allowed_is_an_error(llama: Any, tiny_folders: Any, tokenizer: Any) -> None:

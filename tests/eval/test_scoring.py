@@ -82,6 +82,16 @@ def test_two_runs_may_not_write_to_one_folder(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_a_full_disk_fails_the_task_that_met_it_and_no_other(tmp_path: Path) -> None:
+    with Store(tmp_path, IDENTITY) as store:
+        (tmp_path / "answers" / "a.jsonl").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left"):
+            store.add("a", [{"fingerprint": "a"}])
+        store.add("b", [{"fingerprint": "b"}])
+        assert store.finished("b") == {"b": {"fingerprint": "b"}}
+
+
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     with Store(tmp_path, IDENTITY) as store:
         store.add("t", [{"fingerprint": "a"}, {"fingerprint": "b"}])
