@@ -31,7 +31,7 @@ from training.rng import seed_everything
 from training.rules import accumulation
 from training.session import announce, draw_losses, on_main, open_run, write_description
 from training.signals import REQUEUE_STATUS, StopRequest, leave_requeue_note
-from training.start import leave, start_model_beside, start_shape
+from training.start import end_with, start_model_beside, start_shape
 from training.state import Progress, Run, restore_run
 from training.validate import check_arguments, check_files
 
@@ -116,4 +116,4 @@ def run(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    end_with(lambda: main(sys.argv[1:]))

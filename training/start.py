@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import threading
+import traceback
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -137,13 +139,27 @@ def start_model_beside(config: RunConfig, checkpoint: Path | None) -> Future[Lan
     return model
 
 
-def leave(status: int) -> NoReturn:
-    """End the process; sys.exit would first wait for weights, which nobody wants after a wrong argument."""
-    if any(thread.name.startswith(_BESIDE) for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+def end_with(program: Callable[[], int]) -> NoReturn:
+    """Run it and end the process with its status; by itself Python would wait for the weights first.
+
+    Nobody wants them any more after a wrong argument, an error or Ctrl-C.
+    """
+    try:
+        status = program()
+    except (Exception, KeyboardInterrupt):
+        if not _weights_are_coming():
+            raise
+        traceback.print_exc()
+        status = 1
+    if not _weights_are_coming():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _weights_are_coming() -> bool:
+    return any(thread.name.startswith(_BESIDE) for thread in threading.enumerate())
 
 
 def _source(config: RunConfig, checkpoint: Path | None) -> Path:

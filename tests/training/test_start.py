@@ -40,14 +40,36 @@ def test_weights_that_cannot_be_read_are_told_to_whoever_waits_for_them(tmp_path
         start_model_beside(config, None).result()
 
 
-def test_a_wrong_argument_does_not_wait_for_the_weights(tmp_path):
-    never = "import time, training.start; training.start.start_model = lambda *_: time.sleep(600)"
-    command = f"{never}; import runpy; runpy.run_path('train.py', run_name='__main__')"
+@pytest.mark.parametrize(
+    ("breaks", "status", "answer"),
+    [
+        ("", 2, "error: tokenizer: "),
+        (
+            "training.session.open_run = training.validate.check_files = lambda *_: None",
+            2,
+            "error: tokenizer: ",
+        ),
+        ("training.validate.check_files = lambda _: 1 / 0", 1, "ZeroDivisionError"),
+        (
+            "training.validate.check_files = lambda _: signal.raise_signal(signal.SIGINT)",
+            1,
+            "KeyboardInterrupt",
+        ),
+    ],
+)
+def test_a_start_that_fails_does_not_wait_for_the_weights(breaks, status, answer, tmp_path):
+    program = f"""
+import runpy, signal, time
+import training.session, training.start, training.validate
+training.start.start_model = lambda *_: time.sleep(600)
+{breaks}
+runpy.run_path("train.py", run_name="__main__")
+"""
     arguments = ["launch=cpu", "model_name=gla-tiny", "init_from=scratch", f"output_dir={tmp_path}"]
     arguments += ["train_config=tiny", f"data_path={tmp_path}", f"tokenizer={tmp_path / 'none'}"]
-    answer = subprocess.run(
-        [sys.executable, "-c", command, *arguments],
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert answer.returncode == 2, answer.stderr
-    assert answer.stderr.splitlines()[-1].startswith("error: tokenizer: ")
+    assert ended.returncode == status, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(answer)
