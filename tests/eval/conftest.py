@@ -1,7 +1,7 @@
 """Tiny stand-ins: tokenizers, models, and data sets of a few rows in the schema of the real ones."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,16 @@ def _commonsense(root: Path) -> None:
             )
             configs = "".join(f"- config_name: {name}\n  data_files:\n{splits}" for name in names.split(","))
             (root / folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What lm-eval reads of these folders is kept with them, not in the cache of whoever runs the tests."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
 
 
 @pytest.fixture(scope="session")
