@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .. import harness
+from .. import harness, harness_loading
 from ..datafiles import DOWNLOAD
 from ..registry import HARNESS_PREFIX, Family, register
 from ..session import Session
@@ -31,22 +31,22 @@ def run(task: str, settings: Settings, session: Session) -> list[Record]:
 
 
 def lacks(task: str, settings: Settings) -> str | None:
-    if not harness.installed():
-        return f"lm-eval is not installed: {harness.INSTALL}"
+    if not harness_loading.installed():
+        return f"lm-eval is not installed: {harness_loading.INSTALL}"
     folder: Any = _folder(task, settings)
     if folder is not None and not folder.is_dir():
         return f"no data in {folder}: {DOWNLOAD}"
     try:
-        harness.load()
+        harness_loading.import_lm_eval()
     except ImportError as error:  # something that it needs is missing or does not fit
-        return f"lm-eval cannot be imported ({error}): {harness.INSTALL}"
+        return f"lm-eval cannot be imported ({error}): {harness_loading.INSTALL}"
     return None
 
 
 def check(settings: Settings) -> None:
     for task in settings.tasks:
-        if task.startswith(HARNESS_PREFIX) and harness.installed():
-            harness.check_name(task.removeprefix(HARNESS_PREFIX))
+        if task.startswith(HARNESS_PREFIX) and harness_loading.installed():
+            harness_loading.check_name(task.removeprefix(HARNESS_PREFIX))
 
 
 register(Family(name="commonsense", tasks=tuple(TASKS), run=run, lacks=lacks, check=check))

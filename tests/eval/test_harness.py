@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-from eval import harness
+from eval import harness, harness_loading, harness_requests
 from eval.model import EvalModel
 from eval.tasks import commonsense
 
@@ -29,8 +29,8 @@ def requests(kind: str, *arguments: tuple) -> list[Any]:
 
 
 def ask(session: Any, asked: list[Any]) -> list[Any]:
-    items = harness.items_of(asked, session.model.tokenizer, "t", lambda request: ())
-    return list(harness.answers_of(asked, session.run("t", items)))
+    items = harness_requests.items_of(asked, session.model.tokenizer, "t", lambda request: ())
+    return list(harness_requests.answers_of(asked, session.run("t", items)))
 
 
 def test_answers_equal_those_of_lm_evals_own_model(llama: Any, tokenizer: Any, session: Callable) -> None:
@@ -71,7 +71,7 @@ def test_documents_score_as_in_lm_evals_own_loop(
     name, home, folder = commonsense.TASKS[task]
     source = settings().data / folder
     reference = huggingface.HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=1, device="cpu")
-    tasks = {"tasks": {name: harness._load(name, home, source)}, "groups": {}, "group_map": {}}
+    tasks = {"tasks": {name: harness_loading.load_task(name, home, source)}, "groups": {}, "group_map": {}}
     samples = evaluator.evaluate(reference, tasks, limit=limit, bootstrap_iters=0)["samples"][name]
     totals: list[int] = []
     monkeypatch.setattr("eval.session.tqdm", lambda total, **_: totals.append(total) or tqdm(disable=True))
@@ -85,10 +85,10 @@ def test_documents_score_as_in_lm_evals_own_loop(
 def test_rows_of_an_earlier_state_of_a_folder_are_not_used(tmp_path: Path, settings: Callable) -> None:
     name, home, folder = commonsense.TASKS["winogrande"]
     shutil.copytree(settings().data / folder, tmp_path / folder)
-    first = harness._documents(harness._load(name, home, tmp_path / folder), None)
+    first = harness._documents(harness_loading.load_task(name, home, tmp_path / folder), None)
     file = tmp_path / folder / "validation.jsonl"
     file.write_text(file.read_text().replace("The cup", "A cup"))
-    second = harness._documents(harness._load(name, home, tmp_path / folder), None)
+    second = harness._documents(harness_loading.load_task(name, home, tmp_path / folder), None)
     assert {row["sentence"][:5] for row in first} == {"The c"}
     assert {row["sentence"][:5] for row in second} == {"A cup"}
 
@@ -101,7 +101,7 @@ def test_options_that_all_tie_are_no_answer() -> None:
 
 def test_an_unknown_lm_eval_task_is_named() -> None:
     with pytest.raises(ValueError, match="has no task 'piqqa'"):
-        harness._load("piqqa", "piqa", None)
+        harness_loading.load_task("piqqa", "piqa", None)
 
 
 def test_an_unknown_lm_eval_task_stops_the_command_before_a_model_is_loaded(
@@ -110,7 +110,9 @@ def test_an_unknown_lm_eval_task_stops_the_command_before_a_model_is_loaded(
     from eval.run import main
 
     # all of lm-eval's YAML files take a while to read; a folder of them will do
-    monkeypatch.setattr(harness, "_manager", lambda home, real=harness._manager: real(home or "piqa"))
+    monkeypatch.setattr(
+        harness_loading, "_manager", lambda home, real=harness_loading._manager: real(home or "piqa")
+    )
     words = ["model=scripted:oracle", "tasks=lm_eval:piqqa", f"output={tmp_path / 'out'}"]
     assert main(words) == 2
     assert "has no task 'piqqa'; did you mean piqa?" in capsys.readouterr().err
@@ -122,8 +124,8 @@ def test_an_lm_eval_that_cannot_be_imported_is_named_as_what_a_task_lacks(
     def load() -> None:
         raise ImportError("no module named sacrebleu")
 
-    monkeypatch.setattr(harness, "installed", lambda: True)
-    monkeypatch.setattr(harness, "load", load)
+    monkeypatch.setattr(harness_loading, "installed", lambda: True)
+    monkeypatch.setattr(harness_loading, "import_lm_eval", load)
     assert "cannot be imported (no module named sacrebleu)" in commonsense.lacks("piqa", settings())
 
 

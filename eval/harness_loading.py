@@ -1,0 +1,91 @@
+"""lm-eval 0.4.13's tasks by name, with their data read from a folder here instead of the hub."""
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+INSTALL = 'pip install "lm_eval==0.4.13"'
+FEWSHOT_SEED = 1234  # with which lm-eval's own command draws examples
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("lm_eval") is not None
+
+
+def import_lm_eval() -> None:
+    """What takes a second is done before a model waits for it."""
+    importlib.import_module("lm_eval.tasks")
+
+
+@functools.cache
+def _manager(home: str | None) -> Any:
+    """lm-eval's tasks; with `home` those of one folder alone, as reading all its YAML files takes seconds."""
+    from lm_eval import tasks
+
+    if home is None:
+        return tasks.TaskManager()
+    folder = Path(tasks.__file__).parent / home
+    return tasks.TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def check_name(name: str, home: str | None = None) -> None:
+    """Raises ValueError when lm-eval has no such task; the nearest names are shown."""
+    known = _manager(home).all_tasks
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
+        raise ValueError(f"lm-eval 0.4.13 has no task {name!r}; {hint}")
+
+
+def load_task(name: str, home: str | None, folder: Path | None) -> Any:
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from lm_eval.api.task import ConfigurableTask
+
+    check_name(name, home)
+    manager = _manager(home)
+    spec: Any = name
+    if folder is not None:
+        # a group is where lm-eval takes a task of its own with one field changed
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / f"local-{_state_of(folder)}"
+        local = {"dataset_path": str(folder), "dataset_kwargs": {"cache_dir": str(cache)}}
+        spec = {"group": "local", "task": [{"task": name, **local}]}
+    examples = ConfigurableTask.fewshot_docs
+
+    def only_if_shown(task: Any) -> Any:
+        return examples(task) if task.config.num_fewshot else None
+
+    try:
+        # to read a whole training split takes longer than to answer the questions
+        with mock.patch.object(ConfigurableTask, "fewshot_docs", only_if_shown):
+            loaded = manager.load([spec])["tasks"]
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        cause = error.__cause__ or error  # "an error occurred while generating" says nothing by itself
+        raise ValueError(
+            f"lm-eval cannot read the data of {name}{f' in {folder}' if folder else ''}: "
+            f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        ) from None
+    if len(loaded) != 1:
+        raise ValueError(f"lm_eval:{name} stands for {len(loaded)} tasks; name them one by one")
+    task = next(iter(loaded.values()))
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        raise ValueError(f"lm_eval:{name} runs code that models write, or shows images; neither is supported")
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return task
+
+
+def _state_of(folder: Path) -> str:
+    """Changes with any file of the folder.
+
+    `datasets` keeps what it has read, for a named part of a folder under that name alone: without this it
+    would go on answering with rows that are no longer there, or with those of another folder.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
