@@ -2,7 +2,7 @@
 # The whole method on a laptop, at most ten minutes on two cores after the installs, without any download:
 #
 #   bash scripts/quickstart.sh                     # Mamba2, which learns recall within minutes at this size
-#   bash scripts/quickstart.sh family=gla
+#   bash scripts/quickstart.sh family=gla          # takes twice as long
 #   bash scripts/quickstart.sh drop_mode=extend    # another way to expand; what is there already is not trained again
 #
 # 1. a corpus: the source code of this Python's standard library, with associative recall mixed in, and a tokenizer for it
@@ -30,9 +30,10 @@ for argument in "$@"; do
     esac
 done
 case "$family" in
-    # of GLA's two layers the first only tells the token before from all others; the second one recalls
-    gla) : "${drop_mode:=gla}" && lr=3e-3 expanded=layers=1 ;;
-    mamba2) : "${drop_mode:=mamba4}" && lr=1e-2 expanded=layers=0,1 ;;
+    # of GLA's two layers the first only tells the token before from all others; the second one recalls.
+    # What the published mode draws afresh has not caught up in these steps, so another one is shown
+    gla) : "${drop_mode:=extend}" && lr=5e-3 expanded=layers=1 other=merge ;;
+    mamba2) : "${drop_mode:=mamba4}" && lr=1e-2 expanded=layers=0,1 other=extend ;;
     *) stop "family=$family: gla or mamba2" ;;
 esac
 is_count "$base_steps" && is_count "$post_steps" || stop "base_steps=$base_steps post_steps=$post_steps: 1 or more"
@@ -85,4 +86,4 @@ echo "  base, LPT, StateX      $base  $lpt  $statex"
 echo "  records and losses     $runs/*/metrics.jsonl  $runs/*/loss.png"
 echo "  table, picture         $report/quickstart.txt  $report/quickstart.png"
 echo "  everything measured    $report/report.md"
-echo "Next: bash scripts/quickstart.sh family=$family drop_mode=extend, or the full recipe: bash scripts/${family}_StateX.sh plan=true init_from=scratch"
+echo "Next: bash scripts/quickstart.sh family=$family drop_mode=$other, or the full recipe: bash scripts/${family}_StateX.sh plan=true init_from=scratch"
