@@ -32,8 +32,8 @@ done
 case "$family" in
     # of GLA's two layers the first only tells the token before from all others; the second one recalls.
     # What the published mode draws afresh has not caught up in these steps, so another one is shown
-    gla) : "${drop_mode:=extend}" && lr=5e-3 expanded=layers=1 other=merge ;;
-    mamba2) : "${drop_mode:=mamba4}" && lr=1e-2 expanded=layers=0,1 other=extend ;;
+    gla) : "${drop_mode:=extend}" && lr=5e-3 expanded=layers=1 next_mode=merge ;;
+    mamba2) : "${drop_mode:=mamba4}" && lr=1e-2 expanded=layers=0,1 next_mode=extend ;;
     *) stop "family=$family: gla or mamba2" ;;
 esac
 is_count "$base_steps" && is_count "$post_steps" || stop "base_steps=$base_steps post_steps=$post_steps: 1 or more"
@@ -86,4 +86,4 @@ echo "  base, LPT, StateX      $base  $lpt  $statex"
 echo "  records and losses     $runs/*/metrics.jsonl  $runs/*/loss.png"
 echo "  table, picture         $report/quickstart.txt  $report/quickstart.png"
 echo "  everything measured    $report/report.md"
-echo "Next: bash scripts/quickstart.sh family=$family drop_mode=$other, or the full recipe: bash scripts/${family}_StateX.sh plan=true init_from=scratch"
+echo "Next: bash scripts/quickstart.sh family=$family drop_mode=$next_mode, or the full recipe: bash scripts/${family}_StateX.sh plan=true init_from=scratch"
