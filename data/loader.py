@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -190,7 +191,12 @@ class TrainingLoader:
         self.health = Health()
 
     def __iter__(self) -> Iterator[dict]:
-        """Goes on after the last batch handed out (or the loaded state)."""
+        """Goes on after the last batch handed out (or the loaded state).
+
+        Raises:
+            ValueError: the corpus cannot be read any more, or too many of its lines are broken.
+            RuntimeError: a worker died.
+        """
         with worker.lifeline() as lifeline:
             batches = self._start(lifeline)
             try:
@@ -201,6 +207,11 @@ class TrainingLoader:
                     self._positions.update(zip(batch["slots"], batch["positions"], strict=True))
                     self._emitted += 1
                     yield batch
+            except (ConnectionError, EOFError):
+                # a worker's pipe closes before torch hears of its death: its handler, which says of what the
+                # worker died, interrupts this wait
+                time.sleep(5)
+                raise RuntimeError("DataLoader worker ended unexpectedly") from None
             finally:
                 # ends the workers in good order, where no traceback holds them; the lifeline ends the others
                 del batches

@@ -64,13 +64,20 @@ def take(batches: Iterator[dict[str, Any]], count: int) -> tuple[list[dict[str, 
     """The next micro-batches and the seconds spent waiting for them.
 
     Raises:
-        RunError: the corpus cannot be read any more, or too many of its lines are broken.
+        RunError: the corpus cannot be read any more, too many of its lines are broken, or a worker died.
     """
     began = time.perf_counter()
     try:
         taken = [next(batches) for _ in range(count)]
     except (ValueError, OSError) as error:
         raise RunError(f"data_path: {' '.join(str(error).split())}") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"{' '.join(str(error).split())}: ended from outside, or for lack of memory (then fewer "
+            "num_workers); resume=auto goes on from the last checkpoint"
+        ) from None
     return taken, time.perf_counter() - began
 
 

@@ -311,6 +311,18 @@ def test_death_of_a_worker_is_an_error(corpus, tokenizer, tmp_path):
     assert "DataLoader worker" in errors
 
 
+def test_a_pipe_that_closes_before_torch_hears_of_a_death_names_the_worker(corpus, tokenizer, monkeypatch):
+    def closed(lifeline):
+        raise ConnectionResetError(104, "Connection reset by peer")
+        yield
+
+    batches = loader(corpus, tokenizer, num_workers=2)
+    monkeypatch.setattr(batches, "_start", closed)
+    monkeypatch.setattr("data.loader.time.sleep", lambda seconds: None)  # torch's handler does not come
+    with pytest.raises(RuntimeError, match="DataLoader worker ended"):
+        next(iter(batches))
+
+
 def test_killed_parent_leaves_no_workers(corpus, tokenizer, tmp_path):
     process, workers = worker_processes(READ_FOR_EVER, corpus, tokenizer, tmp_path)
     process.kill()

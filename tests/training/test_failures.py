@@ -126,6 +126,17 @@ def test_a_corpus_that_cannot_be_read_any_more_ends_the_run_in_one_line():
         take(batches(), 2)
 
 
+def test_a_worker_that_died_ends_the_run_in_one_line_and_other_errors_keep_their_traceback():
+    def batches(message):
+        yield {}
+        raise RuntimeError(message)
+
+    with pytest.raises(RunError, match=r"DataLoader worker \(pid 7\) is killed.*num_workers.*resume=auto"):
+        take(batches("DataLoader worker (pid 7) is killed by signal: Killed. "), 2)
+    with pytest.raises(RuntimeError, match="out of range"):
+        take(batches("index out of range"), 2)
+
+
 def test_a_damaged_newer_checkpoint_takes_no_place_of_a_whole_one(tmp_path):
     for step in (4, 5, 6):
         (tmp_path / f"ckpt_{step}").mkdir()
