@@ -186,6 +186,8 @@ build_command() {
             # port 0: any free one, so that two runs on one machine do not meet
             if [ "$n_nodes" -gt 1 ]; then main_port=29500; else main_port=0; fi
         fi
+        # what torch's launcher sets for several processes on GPUs anyway, with four lines of warning
+        if [ "$launch" != cpu ] && [ "$n_gpus" -gt "$n_nodes" ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
         COMMAND=("$PYTHON" -m accelerate.commands.launch --config_file "configs/launch/$launch.yaml"
             --num_processes "$n_gpus" --num_machines "$n_nodes" --machine_rank "$node_rank"
             --main_process_ip "$main_address" --main_process_port "$main_port")
