@@ -35,7 +35,9 @@ CANDIDATES = {
         {"maxnreg": 128}, {"maxnreg": 112}, {"maxnreg": 96}, {"maxnreg": 80}, {"num_stages": 3},
         {"BLOCK_K": 32, "num_stages": 3},
     ],
-    "score_gradients": [{"STAGES": 2}, {"STAGES": 3}, {"STAGES": 4}, {"num_warps": 4, "maxnreg": 168}],
+    "score_gradients": [
+        {"STAGES": 2}, {"STAGES": 4}, {"maxnreg": 168}, {"num_warps": 8, "maxnreg": 128},
+    ],
     "key_gradients": [
         {"STAGES": 2, "num_stages": 2}, {"STAGES": 4}, {"STAGES": 5}, {"STAGES": 4, "num_stages": 4},
         {"ROWS": 128, "num_warps": 8}, {"ROWS": 128, "num_warps": 8, "STAGES": 4},
@@ -43,11 +45,12 @@ CANDIDATES = {
     ],
     "march": [
         {"STAGES": 2}, {"STAGES": 4}, {"STAGES": 5}, {"num_warps": 8}, {"BLOCK_K": 32, "STAGES": 5},
-        {"BLOCK_N": 64, "STAGES": 4}, {"BLOCK_N": 256, "num_warps": 8},
+        {"BLOCK_N": 128, "STAGES": 3}, {"BLOCK_N": 256, "STAGES": 3}, {"BLOCK_N": 256, "STAGES": 4},
+        {"BLOCK_N": 256, "STAGES": 4, "num_warps": 8},
     ],
     "march_back": [
-        {"STAGES": 2}, {"STAGES": 4}, {"num_warps": 8}, {"num_warps": 8, "maxnreg": 128},
-        {"BLOCK_K": 32, "STAGES": 4}, {"BLOCK_N": 64, "maxnreg": 128}, {"BLOCK_N": 256, "num_warps": 8},
+        {"STAGES": 2}, {"STAGES": 4}, {"num_warps": 8}, {"BLOCK_K": 32, "STAGES": 6},
+        {"BLOCK_N": 256, "STAGES": 4}, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 8},
     ],
     "states": [{"num_stages": 2}, {"num_stages": 4}, {"HEADS": 2, "num_warps": 8}, {"BLOCK_N": 64}],
 }  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .blocks import row_blocks, token_blocks
 from .ssd_triton_backward import (
     key_gradients_kernel,
     pass_gradients_kernel,
@@ -234,9 +235,13 @@ def march(
     parts = None
     if not forward:
         parts = torch.empty(shape.chunks, shape.heads, blocks, dtype=torch.float32, device=values.device)
+    tile = shape.head_dim, tiles["BLOCK_N"]
     march_kernel[(blocks, shape.heads, shape.sequences)](
-        values, keys, shape.start, shape.lengths, shape.first, *decays, states, begin, end, fronts, parts,
-        values.stride(1), keys.stride(1), **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward,
+        token_blocks(values, tiles["BLOCK_K"], shape.head_dim),
+        token_blocks(keys, tiles["BLOCK_K"], tiles["BLOCK_N"]),
+        row_blocks(states, *tile), None if forward else row_blocks(fronts, *tile),
+        shape.start, shape.lengths, shape.first, *decays, begin, end, parts,
+        **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward, REGULAR=shape.regular,
         HAS_INITIAL=begin is not None, HAS_FINAL=last, PRECISION=shape.precision,
     )  # fmt: skip
     return states, end, parts
@@ -300,7 +305,8 @@ def pass_gradients(shape: Shape, gradients: Tensor, states: Tensor, decays, dfin
 def score_gradients(shape: Shape, x: Tensor, dy: Tensor, scores: Tensor, decays, has_D: bool):
     """Gradient of the scores (over all heads of a group), row and column sums of every head, and dD."""
     tiles = shape.tiles("score_gradients")
-    count = shape.chunk // tiles["ROWS"]
+    rows = tiles["ROWS"]
+    count = shape.chunk // rows
     dscores = torch.empty_like(scores)
     row_sums = torch.empty(
         shape.chunks, shape.heads, count, shape.chunk, dtype=torch.float32, device=x.device
@@ -308,11 +314,13 @@ def score_gradients(shape: Shape, x: Tensor, dy: Tensor, scores: Tensor, decays,
     column_sums = torch.empty_like(row_sums)
     new = torch.empty if shape.regular else torch.zeros  # chunks without tokens write nothing
     dD = new(shape.chunks, shape.heads, shape.chunk, dtype=torch.float32, device=x.device) if has_D else None
+    operands = [token_blocks(t, rows, shape.head_dim) for t in (x, dy)]
+    operands += [row_blocks(t, rows, rows) for t in (scores, dscores)]
     for diagonal, programs in ((True, count), (False, count**2)):
         if diagonal or count > 1:
             score_gradients_kernel[(programs, shape.groups, shape.chunks)](
-                x, dy, scores, shape.start, shape.lengths, *decays, dscores, row_sums, column_sums, dD,
-                x.stride(1), dy.stride(1), **shape.sizes("H", "G", "P", "Q"), **tiles, DIAGONAL=diagonal,
+                *operands, shape.start, shape.lengths, *decays, row_sums, column_sums, dD,
+                **shape.sizes("H", "G", "P", "Q"), **tiles, DIAGONAL=diagonal, REGULAR=shape.regular,
                 HAS_D=has_D, PRECISION=shape.precision,
             )  # fmt: skip
     return dscores, row_sums, column_sums, dD.sum((0, 2)) if has_D else None

@@ -54,20 +54,22 @@ def pass_gradients_kernel(
 
 @triton.jit
 def score_gradients_kernel(
-    x_ptr, dy_ptr, scores_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr,
-    dscores_ptr, row_sums_ptr, column_sums_ptr, dD_ptr, x_stride, dy_stride,
+    x, dy, scores, dscores, start_ptr, length_ptr, cumulative_ptr, steps_ptr, row_sums_ptr, column_sums_ptr,
+    dD_ptr,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, DIAGONAL: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, DIAGONAL: tl.constexpr, REGULAR: tl.constexpr, HAS_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the scores, summed over the heads of a group, in tiles that touch j <= i.
 
     With pair_ij = (dy_i . x_j) decay(j, i] of one head: dscores_ij = sum over heads of pair_ij dt_j;
     row_sums[c, h, tile of j, i] = sum_j pair_ij scores_ij dt_j,
     column_sums[c, h, tile of i, j] = sum_i pair_ij scores_ij; dD[c, h, i] = dy_i . x_i.
+    x, dy, scores and dscores are tensor descriptors (models/ops/blocks.py). REGULAR: all chunks are full.
     Grid: (Q / ROWS, G, chunks) for the tiles on the diagonal, ((Q / ROWS)^2, G, chunks) for the others.
     """
     tiles: tl.constexpr = Q // ROWS
-    chunk, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    chunk, group = tl.program_id(2), tl.program_id(1)
     if DIAGONAL:
         tile_i = tl.program_id(0)
         tile_j = tile_i
@@ -75,37 +77,36 @@ def score_gradients_kernel(
         tile_i, tile_j = tl.program_id(0) // tiles, tl.program_id(0) % tiles
         if tile_j >= tile_i:
             return
-    start, length = tl.load(start_ptr + chunk), tl.load(length_ptr + chunk)
+    start, length = tl.load(start_ptr + chunk).to(tl.int32), tl.load(length_ptr + chunk)
     if length == 0:
         return
     i, j = tile_i * ROWS + tl.arange(0, ROWS), tile_j * ROWS + tl.arange(0, ROWS)
-    inside_i, inside_j = (i < length)[:, None], (j < length)[:, None]
     causal = i[:, None] >= j[None, :]
-    tile = (chunk * G + group) * (Q * Q) + i[:, None] * Q + j[None, :]
-    scores = tl.load(scores_ptr + tile)
+    inside = (i < length)[:, None] & (j < length)[None, :]
+    tile = (chunk * G + group) * Q + tile_i * ROWS
+    score = scores.load([tile, tile_j * ROWS]).to(tl.float32)
     if DIAGONAL:
-        scores = tl.where(causal, scores, 0.0)
+        score = tl.where(causal, score, 0.0)
     # 64-bit offsets are added to the pointers once; inside the loop 32 bits do
     first = group * (H // G)
-    in_x = j[:, None] * x_stride + tl.arange(0, P)[None, :]
-    in_dy = i[:, None] * dy_stride + tl.arange(0, P)[None, :]
-    x_ptr += start * x_stride + first * P
-    dy_ptr += start * dy_stride + first * P
-    cumulative_ptr += (chunk * H + first) * Q
-    steps_ptr += (chunk * H + first) * Q
+    in_chunk = (chunk.to(tl.int64) * H + first) * Q
+    cumulative_ptr += in_chunk
+    steps_ptr += in_chunk
     if HAS_D:
-        dD_ptr += (chunk * H + first) * Q
-    column_sums_ptr += (chunk * H + first) * (tiles * Q) + tile_i * Q
-    row_sums_ptr += (chunk * H + first) * (tiles * Q) + tile_j * Q
-    dscores = tl.zeros([ROWS, ROWS], tl.float32)
+        dD_ptr += in_chunk
+    column_sums_ptr += in_chunk * tiles + tile_i * Q
+    row_sums_ptr += in_chunk * tiles + tile_j * Q
+    total = tl.zeros([ROWS, ROWS], tl.float32)
     # with its stages named, a loop has all loads of the next heads on their way, not only the matrices'
     for head in tl.range(0, H // G, num_stages=STAGES):
-        x = tl.load(x_ptr + head * P + in_x, mask=inside_j, other=0.0)
-        dy = tl.load(dy_ptr + head * P + in_dy, mask=inside_i, other=0.0)
+        x_j = x.load([start + tile_j * ROWS, (first + head) * P])
+        dy_i = dy.load([start + tile_i * ROWS, (first + head) * P])
         cumulative_i = tl.load(cumulative_ptr + head * Q + i)
         cumulative_j = tl.load(cumulative_ptr + head * Q + j)
         steps = tl.load(steps_ptr + head * Q + j)
-        pair = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
+        pair = tl.dot(dy_i, tl.trans(x_j), input_precision=PRECISION)
+        if not REGULAR:  # rows of another sequence may hold anything
+            pair = tl.where(inside, pair, 0.0)
         if DIAGONAL:
             if HAS_D:
                 own = tl.where(i[:, None] == j[None, :], pair, 0.0)
@@ -114,11 +115,11 @@ def score_gradients_kernel(
         else:
             edge = tl.load(cumulative_ptr + head * Q + tile_i * ROWS - 1)
             pair = pair * tl.exp2(cumulative_i - edge)[:, None] * tl.exp2(edge - cumulative_j)[None, :]
-        dscores += pair * steps[None, :]
-        pair *= scores
+        total += pair * steps[None, :]
+        pair *= score
         tl.store(column_sums_ptr + head * (tiles * Q) + j, tl.sum(pair, axis=0))
         tl.store(row_sums_ptr + head * (tiles * Q) + i, tl.sum(pair * steps[None, :], axis=1))
-    tl.store(dscores_ptr + tile, dscores.to(dscores_ptr.dtype.element_ty))
+    dscores.store([tile, tile_j * ROWS], total.to(dscores.dtype))
 
 
 @triton.jit

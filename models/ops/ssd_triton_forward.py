@@ -153,11 +153,11 @@ def pass_states_kernel(
 
 @triton.jit
 def march_kernel(
-    values_ptr, keys_ptr, start_ptr, length_ptr, first_ptr, cumulative_ptr, steps_ptr, states_ptr,
-    initial_ptr, final_ptr, fronts_ptr, decay_ptr, values_stride, keys_stride,
+    values, keys, states, fronts, start_ptr, length_ptr, first_ptr, cumulative_ptr, steps_ptr,
+    initial_ptr, final_ptr, decay_ptr,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FORWARD: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
+    REGULAR: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds and what is passed on in one: walks a sequence with a [P, BLOCK_N] tile of state.
 
@@ -165,29 +165,26 @@ def march_kernel(
     of the states behind them from dy and C, and, with `fronts` the states in front, this tile's part in the
     gradient of each chunk's total decay, [c, h, N / BLOCK_N].
     A large state then passes through memory once, not three times; a small one has too few tiles for a GPU.
+
+    values, keys, states and fronts are tensor descriptors (models/ops/blocks.py): this loop waits for its
+    instructions as much as for memory. REGULAR: all chunks are full, so that no row is another sequence's.
     Grid: (N / BLOCK_N, H, sequences).
     """
-    sequence, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    first, end = tl.load(first_ptr + sequence), tl.load(first_ptr + sequence + 1)
-    begin = tl.load(start_ptr + first, mask=end > first, other=0)
-    stop = tl.load(start_ptr + end - 1, mask=end > first, other=0)
+    sequence, head = tl.program_id(2), tl.program_id(1)
+    first, end = tl.load(first_ptr + sequence).to(tl.int32), tl.load(first_ptr + sequence + 1).to(tl.int32)
+    begin = tl.load(start_ptr + first, mask=end > first, other=0).to(tl.int32)
+    stop = tl.load(start_ptr + end - 1, mask=end > first, other=0).to(tl.int32)
     stop += tl.load(length_ptr + end - 1, mask=end > first, other=0)
-    channels, columns = tl.arange(0, P), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column, group = tl.program_id(0) * BLOCK_N, head // (H // G)
     place = tl.arange(0, BLOCK_K)
-    in_values = place[:, None] * values_stride + channels[None, :]
-    in_keys = place[:, None] * keys_stride + columns[None, :]
-    in_state = channels[:, None] * N + columns[None, :]
     blocks = tl.num_programs(0)
-    values_ptr += begin * values_stride + head * P
-    keys_ptr += begin * keys_stride + (head // (H // G)) * N
-    states_ptr += (first * H + head) * (P * N)
-    cumulative_ptr += (first * H + head) * Q
+    cumulative_ptr += (first.to(tl.int64) * H + head) * Q
     if FORWARD:
-        steps_ptr += (first * H + head) * Q
+        steps_ptr += (first.to(tl.int64) * H + head) * Q
     else:
-        fronts_ptr += (first * H + head) * (P * N)
-        decay_ptr += (first * H + head) * blocks + tl.program_id(0)
-    own = (sequence * H + head) * (P * N) + in_state
+        decay_ptr += (first.to(tl.int64) * H + head) * blocks + tl.program_id(0)
+    own = (sequence.to(tl.int64) * H + head) * (P * N) + column
+    own = own + tl.arange(0, P)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
     if HAS_INITIAL:
         state = tl.load(initial_ptr + own).to(tl.float32)
     else:
@@ -198,22 +195,27 @@ def march_kernel(
         chunk, piece = step // pieces, step % pieces
         if not FORWARD:
             chunk = chunks - 1 - chunk
-        token = chunk * Q + piece * BLOCK_K
-        inside = (place < stop - begin - token)[:, None]
-        values = tl.load(values_ptr + token * values_stride + in_values, mask=inside, other=0.0)
-        keys = tl.load(keys_ptr + token * keys_stride + in_keys, mask=inside, other=0.0)
+        token = begin + chunk * Q + piece * BLOCK_K
+        added = tl.trans(values.load([token, head * P]))
+        key = keys.load([token, group * N + column])
+        if not REGULAR:
+            inside = place < stop - token
+            added = tl.where(inside[None, :], added, 0.0)
+            key = tl.where(inside[:, None], key, 0.0)
         at = chunk * (H * Q) + piece * BLOCK_K + place
         last = tl.load(cumulative_ptr + chunk * (H * Q) + Q - 1)
         scale = _state_scale(cumulative_ptr, steps_ptr, at, last, FORWARD)
-        decay = tl.exp2(tl.where(piece == 0, last, 0.0))
         if piece == 0:
-            tl.store(states_ptr + chunk * (H * P * N) + in_state, state.to(states_ptr.dtype.element_ty))
+            row = ((first + chunk) * H + head) * P
+            states.store([row, column], state.to(states.dtype))
+            decay = tl.exp2(last)
             if not FORWARD:
-                front = tl.load(fronts_ptr + chunk * (H * P * N) + in_state)
+                front = fronts.load([row, column])
                 tl.store(decay_ptr + chunk * (H * blocks), tl.sum(state * front) * decay)
-        state *= decay
-        scaled = (values * scale[:, None]).to(keys.dtype)
-        state = tl.dot(tl.trans(scaled), keys, state, input_precision=PRECISION)
+            state *= decay
+        # transposed before it is scaled: it then goes from shared memory to registers once, not twice
+        scaled = (added * scale[None, :]).to(key.dtype)
+        state = tl.dot(scaled, key, state, input_precision=PRECISION)
     if HAS_FINAL:
         tl.store(final_ptr + own, state)
 

@@ -22,7 +22,7 @@ CONFIGS = {
         "outputs": {
             "ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 96,
         },
-        "score_gradients": {"ROWS": 64, "STAGES": 3, "num_warps": 8, "maxnreg": 128},
+        "score_gradients": {"ROWS": 64, "STAGES": 3, "num_warps": 4, "maxnreg": None},
         "key_gradients": {
             "ROWS": 64, "BLOCK_K": 64, "BLOCK_N": 128, "STAGES": 3, "num_warps": 4, "num_stages": 3,
         },

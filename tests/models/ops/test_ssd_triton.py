@@ -86,6 +86,24 @@ def test_packed_sequences_do_not_see_each_other(kernels, rows, large, monkeypatc
     assert_close(found, expected, 2e-5)
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_what_is_no_number_stays_in_its_sequence(kernels, large, monkeypatch):
+    from models.ops import ssd_triton
+
+    monkeypatch.setattr(ssd_triton, "LARGE_STATE", 16 if large else 1024)
+    cu_seqlens = torch.tensor([0, 20, 45, 70])
+    inputs = single(make_inputs(1, 70, sequences=3, state_size=16))
+    expected = results_and_gradients(kernels, inputs, cu_seqlens=cu_seqlens)
+    spoiled = single(inputs)
+    with torch.no_grad():
+        for name in ("x", "B", "C"):
+            spoiled[name][:, 20:45] = torch.nan
+    found = results_and_gradients(kernels, spoiled, cu_seqlens=cu_seqlens)
+    for name in ("y", "x", "dt", "B", "C"):
+        for tokens in (slice(0, 20), slice(45, 70)):
+            torch.testing.assert_close(found[name][:, tokens], expected[name][:, tokens], rtol=0, atol=0)
+
+
 def test_strong_decay_stays_finite(kernels):
     inputs = make_inputs(1, 70, strength=50.0, state_size=16)
     expected = results_and_gradients(ssd_recurrent, inputs)

@@ -1,0 +1,32 @@
+"""Tensors as tables of blocks, for Triton's tensor descriptors: one instruction copies a whole block.
+
+On Hopper and later a unit of its own does so (TMA), and threads neither compute addresses nor hold them in
+registers; on older GPUs Triton turns a descriptor back into pointers. What lies outside a table reads as
+zero and is not written.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError as error:
+    raise ImportError("models/ops/blocks.py needs triton 3.4 or newer") from error
+
+ALIGNMENT = 16  # bytes; of a table's first element, and of the way from row to row
+
+
+def token_blocks(t: Tensor, tokens: int, channels: int) -> TensorDescriptor:
+    """Blocks `[tokens, channels]` of `[B, T, ...]`, where a constant stride leads from token to token."""
+    return _blocks(t.flatten(0, 1).flatten(1), tokens, channels)
+
+
+def row_blocks(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Blocks `[rows, columns]` of a contiguous tensor, whose last dimension is a row."""
+    return _blocks(t.view(-1, t.shape[-1]), rows, columns)
+
+
+def _blocks(table: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    if table.data_ptr() % ALIGNMENT or table.stride(0) * table.element_size() % ALIGNMENT:
+        table = table.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor(table, list(table.shape), list(table.stride()), [rows, columns])
