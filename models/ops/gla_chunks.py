@@ -16,6 +16,7 @@ class ChunkLayout:
     size: int
     num_sequences: int
     num_chunks: int
+    regular: bool  # every chunk has `size` tokens
     chunks: Tensor  # [chunks, 2]: first token, end of its sequence
     bounds: Tensor  # [N + 1]: first token of each sequence
     chunk_bounds: Tensor  # [N + 1]: first chunk of each sequence
@@ -48,6 +49,7 @@ def _build_layout(bounds: list[int], size: int, device: torch.device) -> ChunkLa
     chunks = [(token, end) for start, end in pairwise(bounds) for token in range(start, end, size)]
     counts = [-(-(end - start) // size) for start, end in pairwise(bounds)]
     tables = (torch.tensor(x, dtype=torch.int32) for x in (chunks, bounds, [0, *accumulate(counts)]))
+    regular = all((end - start) % size == 0 for start, end in pairwise(bounds))
     return ChunkLayout(
-        size, len(counts), len(chunks), *(table.to(device, non_blocking=True) for table in tables)
+        size, len(counts), len(chunks), regular, *(table.to(device, non_blocking=True) for table in tables)
     )

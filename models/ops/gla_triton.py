@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blocks import row_blocks, token_blocks
 from .gla_chunks import ChunkLayout, chunk_layout
 from .gla_triton_intra import intra_backward_kernel, prepare_kernel, scores_kernel
 from .gla_triton_mild import mild_backward_kernel, mild_scores_kernel
@@ -99,8 +100,9 @@ def _default(heads: int, K: int, V: int) -> dict[str, dict]:
             "BK": min(march[0], K),
             "BV": min(march[1], V),
             "BT": 64,
+            "STAGES": 4,
+            "BLOCKS": False,
             "num_warps": march[2],
-            "num_stages": 4,
         },
         "scores": {"BM": 128, "BK": min(64, K), "num_warps": 8, "num_stages": 3},
         "strong_scores": {"BK": min(64, K), "num_warps": 4, "num_stages": 1},
@@ -112,7 +114,14 @@ def _default(heads: int, K: int, V: int) -> dict[str, dict]:
             "num_warps": 8,
             "num_stages": 3,
         },
-        "grad": {"BM": 128, "BK": min(128, K), "BV": min(64, V), "num_warps": 8, "num_stages": 3},
+        "grad": {
+            "BM": 128,
+            "BK": min(128, K),
+            "BV": min(64, V),
+            "STAGES": 3,
+            "BLOCKS": False,
+            "num_warps": 8,
+        },
         "dscores": {"BM": 128, "BV": min(64, V), "num_warps": 8, "num_stages": 3},
         # chunks of one block need 140 registers a thread; 128, without spilling, let two programs run at once
         "intra_backward": {
@@ -137,11 +146,18 @@ def _default_wide(K: int, V: int) -> dict[str, dict]:
     return {
         "chunk": {"size": 128},
         "prepare": {"BK": tile_k, "num_warps": 4, "num_stages": 2},
-        "march": {"BK": tile_k, "BV": tile_v, "BT": 32, "num_warps": 4, "num_stages": 2},
+        "march": {"BK": tile_k, "BV": tile_v, "BT": 32, "STAGES": 2, "BLOCKS": False, "num_warps": 4},
         "scores": {"BM": 64, "BK": min(32, K), "num_warps": 4, "num_stages": 2},
         "strong_scores": {"BK": min(32, K), "num_warps": 4, "num_stages": 1},
         "mix": {"BM": 64, "BK": min(32, K), "BV": tile_v, "BN": 32, "num_warps": 4, "num_stages": 2},
-        "grad": {"BM": 64, "BK": tile_k, "BV": min(32, V), "num_warps": 4, "num_stages": 2},
+        "grad": {
+            "BM": 64,
+            "BK": tile_k,
+            "BV": min(32, V),
+            "STAGES": 2,
+            "BLOCKS": False,
+            "num_warps": 4,
+        },
         "dscores": {"BM": 64, "BV": min(32, V), "num_warps": 4, "num_stages": 2},
         "intra_backward": {"BM": 64, "BK": min(32, K), "num_warps": 4, "num_stages": 1},
         "strong_intra_backward": {
@@ -226,10 +242,14 @@ class Launcher:
         shape = (layout.num_sequences, self.H, self.K, self.V)
         last = x.new_empty(shape, dtype=torch.float32) if store_last else None
         grid = (self.V // settings["BV"], self.K // settings["BK"], layout.num_sequences * self.H)
+        BK, BV, BT = (settings[size] for size in ("BK", "BV", "BT"))
+        tables = x, y, states
+        if settings["BLOCKS"]:
+            tables = token_blocks(x, BT, BK), token_blocks(y, BT, BV), row_blocks(states, BK, BV)
         march_kernel[grid](
-            x, y, total, states, first, last, layout.bounds, layout.chunk_bounds,
-            H=self.H, K=self.K, V=self.V, C=layout.size, REVERSE=reverse, HAS_FIRST=first is not None,
-            STORE_LAST=store_last, PRECISION=self.precision, **settings,
+            *tables, total, first, last, layout.bounds, layout.chunk_bounds,
+            H=self.H, K=self.K, V=self.V, C=layout.size, REVERSE=reverse, REGULAR=layout.regular,
+            HAS_FIRST=first is not None, STORE_LAST=store_last, PRECISION=self.precision, **settings,
         )  # fmt: skip
         return states, last
 
@@ -251,8 +271,12 @@ class Launcher:
         dqueries, dkeys = torch.empty_like(self.like), torch.empty_like(self.like)
         product = do.new_empty(layout.num_chunks, self.H, self.K, dtype=torch.float32)
         grid = (self.K // settings["BK"], layout.num_chunks * (layout.size // settings["BM"]), self.H)
+        BM, BK, BV = (settings[size] for size in ("BM", "BK", "BV"))
+        tables = do, v, states, dstates
+        if settings["BLOCKS"]:
+            tables = *(token_blocks(t, BM, BV) for t in (do, v)), *(row_blocks(t, BK, BV) for t in tables[2:])
         grad_kernel[grid](
-            do, v, states, dstates, dqueries, dkeys, product, layout.chunks,
+            *tables, states, dstates, dqueries, dkeys, product, layout.chunks,
             H=self.H, K=self.K, V=self.V, C=layout.size, PRECISION=self.precision, **settings,
         )  # fmt: skip
         return dqueries, dkeys, product

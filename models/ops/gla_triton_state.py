@@ -21,18 +21,21 @@ except ImportError as error:
 
 @triton.jit
 def march_kernel(
-    x_ptr, y_ptr, total_ptr, states_ptr, first_ptr, last_ptr, bounds_ptr, chunk_bounds_ptr,
+    x, y, states, total_ptr, first_ptr, last_ptr, bounds_ptr, chunk_bounds_ptr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, STORE_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, BLOCKS: tl.constexpr,
+    REVERSE: tl.constexpr, REGULAR: tl.constexpr, HAS_FIRST: tl.constexpr, STORE_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk one sequence with a [BK, BV] tile of the state in registers; write it in front of each chunk.
 
     x [T, H, K], y [T, H, V], total [chunks, H, K], states [chunks, H, K, V], first and last [N, H, K, V].
+    BLOCKS: x, y and states are tensor descriptors (models/ops/blocks.py), which are faster where the state is
+    large; else pointers. REGULAR: all chunks are full, so that no row is another sequence's.
     """
     i_n, i_h = tl.program_id(2) // H, tl.program_id(2) % H
-    column_k = tl.program_id(1) * BK + tl.arange(0, BK)
-    column_v = tl.program_id(0) * BV + tl.arange(0, BV)
+    at_k, at_v = tl.program_id(1) * BK, tl.program_id(0) * BV
+    column_k, column_v = at_k + tl.arange(0, BK), at_v + tl.arange(0, BV)
     row = tl.arange(0, BT)
     begin, end = tl.load(bounds_ptr + i_n), tl.load(bounds_ptr + i_n + 1)
     first_chunk, end_chunk = tl.load(chunk_bounds_ptr + i_n), tl.load(chunk_bounds_ptr + i_n + 1)
@@ -46,28 +49,29 @@ def march_kernel(
         state = tl.load(first_ptr + outer + in_state).to(tl.float32)
     pieces: tl.constexpr = C // BT
     steps = (end_chunk - first_chunk) * pieces
-    one_chunk = -H * K if REVERSE else H * K
-    total_at = total_ptr + ((end_chunk - 1 if REVERSE else first_chunk) * H + i_h).to(tl.int64) * K + column_k
-    coming = tl.load(total_at, mask=(column_k < K) & (steps > 0), other=0.0)
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         at = steps - 1 - step if REVERSE else step
-        head = ((first_chunk + at // pieces) * H + i_h).to(tl.int64)  # of this chunk, in total and states
+        head = (first_chunk + at // pieces) * H + i_h  # of this chunk, in total and states
         token = begin + at * BT
-        here = (token.to(tl.int64) * H + i_h) * K
-        there = (token.to(tl.int64) * H + i_h) * V
         inside = (row < end - token)[:, None]
-        x = tl.load(x_ptr + here + in_x, mask=inside, other=0.0)
-        y = tl.load(y_ptr + there + in_y, mask=inside, other=0.0)
-        at_chunk = step % pieces == 0
-        if at_chunk:
-            tl.store(states_ptr + head * (K * V) + in_state, state.to(states_ptr.dtype.element_ty))
-        state = state * tl.exp2(tl.where(at_chunk, coming, 0.0))[:, None]
-        # the next step's decay is on its way while this step computes
-        next_chunk = (step + 1) // pieces
-        coming = tl.load(
-            total_at + next_chunk * one_chunk, mask=(column_k < K) & (step + 1 < steps), other=0.0
-        )
-        state = tl.dot(tl.trans(x), y, state, input_precision=PRECISION)
+        if BLOCKS:
+            x_piece, y_piece = x.load([token, i_h * K + at_k]), y.load([token, i_h * V + at_v])
+            if not REGULAR:
+                x_piece, y_piece = tl.where(inside, x_piece, 0.0), tl.where(inside, y_piece, 0.0)
+        else:
+            here = token.to(tl.int64) * H + i_h
+            x_piece = tl.load(x + here * K + in_x, mask=inside, other=0.0)
+            y_piece = tl.load(y + here * V + in_y, mask=inside, other=0.0)
+        # of every step, not of a chunk's first alone: it is then on its way while other steps compute
+        decay = tl.exp2(tl.load(total_ptr + head.to(tl.int64) * K + column_k))
+        if step % pieces == 0:
+            if BLOCKS:
+                states.store([head * K + at_k, at_v], state.to(states.dtype))
+            else:
+                states_at = states + head.to(tl.int64) * (K * V) + in_state
+                tl.store(states_at, state.to(states.dtype.element_ty))
+            state *= decay[:, None]
+        state = tl.dot(tl.trans(x_piece), y_piece, state, input_precision=PRECISION)
     if STORE_LAST:
         tl.store(last_ptr + outer + in_state, state)
 
@@ -127,44 +131,61 @@ def mix_kernel(
 
 @triton.jit
 def grad_kernel(
-    do_ptr, v_ptr, states_ptr, dstates_ptr, dqueries_ptr, dkeys_ptr, product_ptr, chunks_ptr,
+    do, v, states, dstates, states_ptr, dstates_ptr, dqueries_ptr, dkeys_ptr, product_ptr, chunks_ptr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dqueries = do state^T, dkeys = v dstate^T [T, H, K], sum over V of state * dstate [chunks, H, K]."""
+    """dqueries = do state^T, dkeys = v dstate^T [T, H, K], sum over V of state * dstate [chunks, H, K].
+
+    BLOCKS: do, v, states and dstates are tensor descriptors, as in `march_kernel`; else pointers.
+    """
     tiles: tl.constexpr = C // BM
     i_c, i_m, i_h = tl.program_id(1) // tiles, tl.program_id(1) % tiles, tl.program_id(2)
     start, end = tl.load(chunks_ptr + 2 * i_c), tl.load(chunks_ptr + 2 * i_c + 1)
     length = tl.minimum(C, end - start)
     if i_m * BM < length:
-        column_k = tl.program_id(0) * BK + tl.arange(0, BK)
+        at_k = tl.program_id(0) * BK
+        column_k = at_k + tl.arange(0, BK)
         row = i_m * BM + tl.arange(0, BM)
         along_v = tl.arange(0, BV)
         head = start.to(tl.int64) * H + i_h
         inside = (row < length)[:, None]
         in_tokens = head * V + row[:, None] * (H * V) + along_v[None, :]
         in_states = (i_c.to(tl.int64) * H + i_h) * (K * V) + column_k[:, None] * V + along_v[None, :]
+        state_row = (i_c * H + i_h) * K + at_k
+
+        # `end > 0` is always so, but unknown to the compiler where a chunk is one tile: reads without a
+        # condition would be pipelined, and what is pipelined would not fit
+        sums_product = (i_m == 0) & (end > 0)
 
         dqueries = tl.zeros([BM, BK], dtype=tl.float32)
         dkeys = tl.zeros([BM, BK], dtype=tl.float32)
-        product = tl.zeros([BK], dtype=tl.float32)
-        for n in range(0, V, BV):
-            do = tl.load(do_ptr + in_tokens + n, mask=inside, other=0.0)
-            v = tl.load(v_ptr + in_tokens + n, mask=inside, other=0.0)
-            state = tl.load(states_ptr + in_states + n)
-            dstate = tl.load(dstates_ptr + in_states + n)
-            dqueries = tl.dot(do, tl.trans(state), dqueries, input_precision=PRECISION)
-            dkeys = tl.dot(v, tl.trans(dstate), dkeys, input_precision=PRECISION)
-            if i_m == 0:
-                # read again: Triton 3.6 gives a tile that feeds both wgmma and arithmetic one buffer too few,
-                # and overwrites it while the tensor cores still read
-                again = tl.load(states_ptr + in_states + n).to(tl.float32)
-                product += tl.sum(again * tl.load(dstates_ptr + in_states + n).to(tl.float32), axis=1)
+        products = tl.zeros([BK, BV], dtype=tl.float32)
+        for n in tl.range(0, V, BV, num_stages=STAGES):
+            # read apart from the products' operands: Triton 3.6 gives a tile that feeds both wgmma and
+            # arithmetic one buffer too few, and overwrites it while the tensor cores still read
+            again = tl.zeros([BK, BV], dtype=states_ptr.dtype.element_ty)
+            dagain = tl.zeros([BK, BV], dtype=states_ptr.dtype.element_ty)
+            if sums_product:
+                again, dagain = tl.load(states_ptr + in_states + n), tl.load(dstates_ptr + in_states + n)
+            if BLOCKS:
+                do_piece = do.load([start + i_m * BM, i_h * V + n])
+                v_piece = v.load([start + i_m * BM, i_h * V + n])
+                state, dstate = states.load([state_row, n]), dstates.load([state_row, n])
+            else:
+                do_piece = tl.load(do + in_tokens + n, mask=inside, other=0.0)
+                v_piece = tl.load(v + in_tokens + n, mask=inside, other=0.0)
+                state, dstate = tl.load(states + in_states + n), tl.load(dstates + in_states + n)
+            dqueries = tl.dot(do_piece, tl.trans(state), dqueries, input_precision=PRECISION)
+            dkeys = tl.dot(v_piece, tl.trans(dstate), dkeys, input_precision=PRECISION)
+            products += again.to(tl.float32) * dagain.to(tl.float32)
         in_out = head * K + row[:, None] * (H * K) + column_k[None, :]
         tl.store(dqueries_ptr + in_out, dqueries.to(dqueries_ptr.dtype.element_ty), mask=inside)
         tl.store(dkeys_ptr + in_out, dkeys.to(dkeys_ptr.dtype.element_ty), mask=inside)
-        if i_m == 0:
-            tl.store(product_ptr + (i_c.to(tl.int64) * H + i_h) * K + column_k, product)
+        if sums_product:
+            product_at = product_ptr + (i_c.to(tl.int64) * H + i_h) * K + column_k
+            tl.store(product_at, tl.sum(products, axis=1))
 
 
 @triton.jit

@@ -15,12 +15,13 @@ from .test_gla import assert_close, make_inputs, run
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 
-def run_kernels(inputs, *, chunk=128, **options):
-    """The kernels at a chosen chunk size, on float32 copies of the inputs."""
+def run_kernels(inputs, *, chunk=128, blocks=False, **options):
+    """The kernels at a chosen chunk size, on float32 copies of the inputs; `blocks`: by descriptors."""
     from models.ops import gla_triton
 
     settings = gla_triton._default_wide(inputs[0].shape[-1], inputs[2].shape[-1])
     settings["chunk"]["size"] = chunk
+    settings["march"]["BLOCKS"] = settings["grad"]["BLOCKS"] = blocks
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(gla_triton, "settings_for", lambda q, v: settings)
@@ -45,10 +46,11 @@ def interpreted(chunk):
         yield
 
 
-@pytest.mark.parametrize(("length", "chunk"), [(1, 64), (65, 64), (70, 128), (300, 256)])
-def test_kernels_equal_the_torch_path(length, chunk):
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize(("length", "chunk"), [(1, 64), (65, 64), (128, 64), (70, 128), (300, 256)])
+def test_kernels_equal_the_torch_path(length, chunk, blocks):
     inputs = make_inputs(2, length, 1, 16, 32, gate=0.1)
-    assert_close(run_kernels(inputs, chunk=chunk), run(gla, inputs), 2e-6)
+    assert_close(run_kernels(inputs, chunk=chunk, blocks=blocks), run(gla, inputs), 2e-6)
 
 
 @pytest.mark.parametrize("gate", [0.5, 1.0, 2.0])
@@ -83,12 +85,13 @@ def test_kernels_stay_finite_and_exact_at_minus_fifty_a_token():
     assert_close(got, want, 2e-6)
 
 
-def test_kernels_keep_sequences_apart():
+@pytest.mark.parametrize("blocks", [False, True])
+def test_kernels_keep_sequences_apart(blocks):
     bounds = [0, 5, 134, 134, 200]
     q, k, v, g, _ = make_inputs(1, bounds[-1], 2, 16, 16, gate=0.1)
     state = torch.randn(len(bounds) - 1, 2, 16, 16, dtype=torch.float64, requires_grad=True)
     inputs, cu_seqlens = [q, k, v, g, state], torch.tensor(bounds)
-    got = run_kernels(inputs, chunk=64, cu_seqlens=cu_seqlens)
+    got = run_kernels(inputs, chunk=64, blocks=blocks, cu_seqlens=cu_seqlens)
     assert_close(got, run(gla, inputs, cu_seqlens=cu_seqlens), 2e-6)
 
 
