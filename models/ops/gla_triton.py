@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import row_blocks, token_blocks
+from .descriptors import row_blocks, token_blocks
 from .gla_chunks import ChunkLayout, chunk_layout
 from .gla_triton_intra import intra_backward_kernel, prepare_kernel, scores_kernel
 from .gla_triton_mild import mild_backward_kernel, mild_scores_kernel

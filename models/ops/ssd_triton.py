@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import row_blocks, token_blocks
+from .descriptors import row_blocks, token_blocks
 from .ssd_triton_backward import (
     key_gradients_kernel,
     pass_gradients_kernel,

@@ -65,7 +65,7 @@ def score_gradients_kernel(
     With pair_ij = (dy_i . x_j) decay(j, i] of one head: dscores_ij = sum over heads of pair_ij dt_j;
     row_sums[c, h, tile of j, i] = sum_j pair_ij scores_ij dt_j,
     column_sums[c, h, tile of i, j] = sum_i pair_ij scores_ij; dD[c, h, i] = dy_i . x_i.
-    x, dy, scores and dscores are tensor descriptors (models/ops/blocks.py). REGULAR: all chunks are full.
+    x, dy, scores, dscores are tensor descriptors (models/ops/descriptors.py). REGULAR: all chunks are full.
     Grid: (Q / ROWS, G, chunks) for the tiles on the diagonal, ((Q / ROWS)^2, G, chunks) for the others.
     """
     tiles: tl.constexpr = Q // ROWS

@@ -166,8 +166,8 @@ def march_kernel(
     gradient of each chunk's total decay, [c, h, N / BLOCK_N].
     A large state then passes through memory once, not three times; a small one has too few tiles for a GPU.
 
-    values, keys, states and fronts are tensor descriptors (models/ops/blocks.py): this loop waits for its
-    instructions as much as for memory. REGULAR: all chunks are full, so that no row is another sequence's.
+    values, keys, states and fronts are tensor descriptors (models/ops/descriptors.py), since this loop waits
+    for instructions as much as for memory. REGULAR: all chunks are full, so that no row is another sequence's.
     Grid: (N / BLOCK_N, H, sequences).
     """
     sequence, head = tl.program_id(2), tl.program_id(1)

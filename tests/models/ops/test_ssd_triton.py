@@ -113,20 +113,24 @@ def test_strong_decay_stays_finite(kernels):
     assert_close({"A": found["A"]}, {"A": expected["A"]}, 5e-3)
 
 
-def test_a_slice_of_a_projection_is_read_in_place(kernels):
-    inputs = single(make_inputs(1, 40, state_size=16))
-    x, B = inputs["x"], inputs["B"]
-    wide = torch.cat([x.flatten(2), B.flatten(2)], dim=2)
-    sliced, _ = kernels(
-        **{
-            **inputs,
-            "x": wide[..., : x[0, 0].numel()].view(x.shape),
-            "B": wide[..., x[0, 0].numel() :].view(B.shape),
-        },
-        output_final_state=False,
-        cu_seqlens=None,
-    )
-    torch.testing.assert_close(sliced, kernels(**inputs, output_final_state=False, cu_seqlens=None)[0])
+@pytest.mark.parametrize("before", [0, 1])  # columns: with one, no row is aligned
+@pytest.mark.parametrize("large", [False, True])
+def test_slices_of_a_projection_are_read(kernels, before, large, monkeypatch):
+    from models.ops import ssd_triton
+
+    monkeypatch.setattr(ssd_triton, "LARGE_STATE", 16 if large else 1024)
+    inputs = make_inputs(1, 40, state_size=16)
+    lead = torch.zeros(1, 40, before)
+
+    def sliced(x, B, **others):
+        wide = torch.cat([lead, x.flatten(2), B.flatten(2)], dim=2)
+        _, x_slice, B_slice = wide.split([before, x[0, 0].numel(), B[0, 0].numel()], dim=2)
+        return kernels(x=x_slice.view(x.shape), B=B_slice.view(B.shape), **others)
+
+    expected = results_and_gradients(kernels, single(inputs), cu_seqlens=None)
+    found = results_and_gradients(sliced, single(inputs), cu_seqlens=None)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
 def test_packed_inputs_get_one_packed_gradient(kernels):

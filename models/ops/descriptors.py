@@ -11,22 +11,26 @@ from torch import Tensor
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
-    raise ImportError("models/ops/blocks.py needs triton 3.4 or newer") from error
+    raise ImportError("models/ops/descriptors.py needs triton 3.4 or newer") from error
 
 ALIGNMENT = 16  # bytes; of a table's first element, and of the way from row to row
 
 
 def token_blocks(t: Tensor, tokens: int, channels: int) -> TensorDescriptor:
-    """Blocks `[tokens, channels]` of `[B, T, ...]`, where a constant stride leads from token to token."""
-    return _blocks(t.flatten(0, 1).flatten(1), tokens, channels)
+    """Blocks `[tokens, channels]` of an input `[B, T, ...]`, with a constant stride from token to token.
+
+    Rows that are not aligned, those of a slice for instance, are copied first.
+    """
+    table = t.flatten(0, 1).flatten(1)
+    if table.data_ptr() % ALIGNMENT or table.stride(0) * table.element_size() % ALIGNMENT:
+        table = table.clone(memory_format=torch.contiguous_format)
+    return _blocks(table, tokens, channels)
 
 
 def row_blocks(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Blocks `[rows, columns]` of a contiguous tensor, whose last dimension is a row."""
+    """Blocks `[rows, columns]` of a contiguous tensor, whose last dimension is a row: to read or to write."""
     return _blocks(t.view(-1, t.shape[-1]), rows, columns)
 
 
 def _blocks(table: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    if table.data_ptr() % ALIGNMENT or table.stride(0) * table.element_size() % ALIGNMENT:
-        table = table.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor(table, list(table.shape), list(table.stride()), [rows, columns])
