@@ -30,8 +30,8 @@ def march_kernel(
     """Walk one sequence with a [BK, BV] tile of the state in registers; write it in front of each chunk.
 
     x [T, H, K], y [T, H, V], total [chunks, H, K], states [chunks, H, K, V], first and last [N, H, K, V].
-    BLOCKS: x, y and states are tensor descriptors (models/ops/descriptors.py), faster where the state is large;
-    else pointers. REGULAR: all chunks are full, so that no row is another sequence's.
+    BLOCKS: x, y and states are tensor descriptors (models/ops/descriptors.py), faster where the state is
+    large; else pointers. REGULAR: all chunks are full, so that no row is another sequence's.
     """
     i_n, i_h = tl.program_id(2) // H, tl.program_id(2) % H
     at_k, at_v = tl.program_id(1) * BK, tl.program_id(0) * BV

@@ -167,7 +167,7 @@ def march_kernel(
     A large state then passes through memory once, not three times; a small one has too few tiles for a GPU.
 
     values, keys, states and fronts are tensor descriptors (models/ops/descriptors.py), since this loop waits
-    for instructions as much as for memory. REGULAR: all chunks are full, so that no row is another sequence's.
+    for instructions as much as for memory. REGULAR: all chunks are full, no row is another sequence's.
     Grid: (N / BLOCK_N, H, sequences).
     """
     sequence, head = tl.program_id(2), tl.program_id(1)
