@@ -78,7 +78,7 @@ def documents(task: str, length: int, count: int, seed: int, tokenizer: Any, dat
     Raises:
         ValueError: fewer came out, or one is longer than `length` or far shorter.
     """
-    # a task that failed leaves its thread at work on the next length while the next task begins
+    # a run that was given up leaves its thread at work on the next length while the next run begins
     with _ONE_AT_A_TIME:
         return _documents(task, length, count, seed, tokenizer, data)
 
@@ -108,9 +108,12 @@ def _silent_bar() -> Any:
     from tqdm.std import tqdm
 
     original = tqdm.__init__
+    own = threading.get_ident()
 
     def silent(self: Any, *args: Any, **options: Any) -> None:
-        original(self, *args, **{**options, "disable": True})
+        if threading.get_ident() == own:  # others' bars, of tasks that are being answered, go on
+            options["disable"] = True
+        original(self, *args, **options)
 
     return silent
 

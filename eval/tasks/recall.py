@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 from ..datafiles import DOWNLOAD, read_rows
 from ..items import GENERATE, Item, encode
 from ..registry import Family, register
@@ -139,7 +141,8 @@ def build(task: str, settings: Settings, tokenizer: Any) -> Iterator[Item]:
         else:
             left_out = f"{index + 1 - asked} of {index + 1} rows left out"
             if asked <= index:
-                print(f"{task} at {length} tokens: {left_out}, {UNUSABLE}", file=sys.stderr)
+                # not through the bar of the task that is answered meanwhile
+                tqdm.write(f"{task} at {length} tokens: {left_out}, {UNUSABLE}", file=sys.stderr)
 
 
 def count(task: str, settings: Settings) -> int:
