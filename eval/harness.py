@@ -1,4 +1,8 @@
-"""lm-eval 0.4.13 as a library: its tasks ask, its rules score, and a session answers, resumably."""
+"""lm-eval 0.4.13 as a library: its tasks ask, its rules score, and a session answers, resumably.
+
+lm-eval's own loop (`evaluator.evaluate`) writes all prompts before the first is answered, and hashes and
+copies every document for its log; here prompts are written, and documents scored, while the model reads.
+"""
 
 import functools
 import itertools
@@ -6,24 +10,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from .harness_loading import load_task
 from .harness_requests import answers_of, items_of
 from .items import LOGLIKELIHOOD
-from .session import Session
+from .questions import Questions
 from .store import Record
 
 MAIN_METRICS = ("acc_norm", "acc", "contains", "exact_match")  # the first that a task has is its score
 
 
-def run_task(
-    name: str, label: str, home: str | None, folder: Path | None, limit: int | None, session: Session
-) -> list[Record]:
-    """Documents of one lm-eval task with their scores, as records.
-
-    lm-eval's own loop (`evaluator.evaluate`) writes all prompts before the first is answered, and hashes and
-    copies every document for its log; here prompts are written while the model reads.
+def questions(
+    name: str, label: str, home: str | None, folder: Path | None, limit: int | None, tokenizer: Any
+) -> "Documents":
+    """Documents of one lm-eval task, whose results are their scores.
 
     Args:
         name: what lm-eval calls it; `label` is the name of the results.
@@ -34,23 +34,9 @@ def run_task(
         ValueError: lm-eval does not know the task, or its data cannot be had.
     """
     task = load_task(name, home, folder)
-    from lm_eval import utils
-
-    # lm-eval compiles a prompt's template anew for each document, which takes longer than all else it does
-    compiled = functools.cache(utils.env.from_string)
-    with mock.patch.object(utils.env, "from_string", compiled):
-        documents = _documents(task, limit)
-        _write_once(task, documents)
-        scores = Scores(task, label, documents)
-        gold = functools.lru_cache(maxsize=1)(lambda index: _target(task, documents[index]))
-        items = items_of(
-            _requests(task, documents, scores),
-            session.model.tokenizer,
-            label,
-            lambda request: gold_of(request, gold(request.doc_id)),
-        )
-        session.run(label, items, _count(task, documents), scores.answered)
-        return scores.finish()
+    documents = _documents(task, limit)
+    _write_once(task, documents)
+    return Documents(task, label, documents, tokenizer)
 
 
 def _documents(task: Any, limit: int | None) -> list[dict[str, Any]]:
@@ -92,67 +78,65 @@ def _count(task: Any, documents: Sequence[dict[str, Any]]) -> int:
     return 2 * options if "acc_mutual_info" in getattr(task, "_metric_fn_list", ()) else options
 
 
-def _requests(task: Any, documents: Sequence[dict[str, Any]], scores: "Scores") -> Iterator[Any]:
-    """What `build_all_requests` makes, one document after the other."""
-    config = task.config
-    for index, document in enumerate(documents):
-        context = task.fewshot_context(
-            document, num_fewshot=config.num_fewshot or 0, gen_prefix=task.doc_to_prefix(document)
+class Documents(Questions):
+    """What documents ask: a request for each option or text; a document is scored when all are answered."""
+
+    def __init__(self, task: Any, label: str, documents: Sequence[dict[str, Any]], tokenizer: Any) -> None:
+        gold = functools.lru_cache(maxsize=1)(lambda index: _target(task, documents[index]))
+        items = items_of(
+            self._requests(), tokenizer, label, lambda request: gold_of(request, gold(request.doc_id))
         )
-        made = task.construct_requests(
-            doc=document, ctx=context, metadata=(config.task, index, config.repeats)
-        )
-        made = made if isinstance(made, list) else [made]
-        scores.asked.append(made)
-        yield from made
-        scores.catch_up()
-
-
-class Scores:
-    """Scores documents once they are answered, in the thread that writes prompts: the model is busy then.
-
-    Attributes:
-        asked: the requests of each document, in the order in which they are asked.
-        answered: their answers, one request after the other, of which the last are still to come.
-    """
-
-    def __init__(self, task: Any, label: str, documents: Sequence[dict[str, Any]]) -> None:
-        self.task = task
-        self.label = label
-        self.documents = documents
-        self.asked: list[list[Any]] = []
-        self.answered: list[Record] = []
+        super().__init__(items, _count(task, documents))
+        self._task = task
+        self._label = label
+        self._documents = documents
+        self._asked: list[list[Any]] = []  # the requests of each document
+        self._answered: list[Record] = []  # one request after the other, without those to come
         self._used = 0  # answers
         self._scored = 0  # documents
-        self._records: dict[str, list[Record]] = {}  # by filter
+        self._by_filter: dict[str, list[Record]] = {}
 
-    def catch_up(self) -> None:
-        while self._scored < len(self.asked):
-            requests = self.asked[self._scored]
+    def take(self, records: Sequence[Record]) -> None:
+        self._answered += records
+        while self._scored < len(self._asked):
+            requests = self._asked[self._scored]
             end = self._used + len(requests)
-            if end > len(self.answered):
+            if end > len(self._answered):
                 return
-            self._score(self._scored, requests, answers_of(requests, self.answered[self._used : end]))
+            self._score(self._scored, requests, answers_of(requests, self._answered[self._used : end]))
             self._used = end
             self._scored += 1
 
-    def finish(self) -> list[Record]:
-        """All records, by filter if lm-eval defines several."""
-        self.catch_up()
-        assert self._scored == len(self.documents)
-        return list(itertools.chain.from_iterable(self._records.values()))
+    def results(self) -> list[Record]:
+        """One document after the other, by filter if lm-eval defines several."""
+        assert self._scored == len(self._documents)
+        return list(itertools.chain.from_iterable(self._by_filter.values()))
+
+    def _requests(self) -> Iterator[Any]:
+        """What `build_all_requests` makes, one document after the other."""
+        config = self._task.config
+        for index, document in enumerate(self._documents):
+            context = self._task.fewshot_context(
+                document, num_fewshot=config.num_fewshot or 0, gen_prefix=self._task.doc_to_prefix(document)
+            )
+            made = self._task.construct_requests(
+                doc=document, ctx=context, metadata=(config.task, index, config.repeats)
+            )
+            made = made if isinstance(made, list) else [made]
+            self._asked.append(made)
+            yield from made
 
     def _score(self, index: int, requests: list[Any], answers: Iterable[Any]) -> None:
         for request, answer in zip(requests, answers, strict=True):
             request.resps = [answer] * request.repeats  # greedy: asked again it would be the same
-        self.task._instances = requests
-        self.task.apply_filters()
+        self._task._instances = requests
+        self._task.apply_filters()
         ordered = sorted(requests, key=lambda request: request.idx)
         for name in requests[0].filtered_resps:
             filtered = [request.filtered_resps[name] for request in ordered]
-            metrics = self.task.process_results(self.documents[index], filtered)
-            record = _record(self.label, index, metrics, [request.resps for request in ordered])
-            self._records.setdefault(name, []).append(record)
+            metrics = self._task.process_results(self._documents[index], filtered)
+            record = _record(self._label, index, metrics, [request.resps for request in ordered])
+            self._by_filter.setdefault(name, []).append(record)
 
 
 def _target(task: Any, document: dict[str, Any]) -> Any:

@@ -1,17 +1,21 @@
 """lm-eval 0.4.13's tasks by name, with their data read from a folder here instead of the hub."""
 
+import contextlib
 import difflib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 INSTALL = 'pip install "lm_eval==0.4.13"'
 FEWSHOT_SEED = 1234  # with which lm-eval's own command draws examples
+_ONE_AT_A_TIME = threading.Lock()  # what is changed in lm-eval for a while is put back as it was
 
 
 def installed() -> bool:
@@ -21,6 +25,18 @@ def installed() -> bool:
 def import_lm_eval() -> None:
     """What takes a second is done before a model waits for it."""
     importlib.import_module("lm_eval.tasks")
+    _compile_templates_once()
+
+
+def _compile_templates_once() -> None:
+    """lm-eval compiles a prompt's template anew for each document, which takes longer than all else it does.
+
+    For good, as tasks are prepared in one thread and scored in another.
+    """
+    from lm_eval import utils
+
+    if not hasattr(utils.env.from_string, "cache_info"):
+        utils.env.from_string = functools.cache(utils.env.from_string)
 
 
 @functools.cache
@@ -46,8 +62,8 @@ def check_name(name: str, home: str | None = None) -> None:
 def load_task(name: str, home: str | None, folder: Path | None) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
-    from lm_eval.api.task import ConfigurableTask
 
+    _compile_templates_once()
     check_name(name, home)
     manager = _manager(home)
     spec: Any = name
@@ -56,14 +72,10 @@ def load_task(name: str, home: str | None, folder: Path | None) -> Any:
         cache = Path(datasets.config.HF_DATASETS_CACHE) / f"local-{_state_of(folder)}"
         local = {"dataset_path": str(folder), "dataset_kwargs": {"cache_dir": str(cache)}}
         spec = {"group": "local", "task": [{"task": name, **local}]}
-    examples = ConfigurableTask.fewshot_docs
-
-    def only_if_shown(task: Any) -> Any:
-        return examples(task) if task.config.num_fewshot else None
-
+    # files are read in no time, and bars would come between those of another task
+    (datasets.enable_progress_bars if folder is None else datasets.disable_progress_bars)()
     try:
-        # to read a whole training split takes longer than to answer the questions
-        with mock.patch.object(ConfigurableTask, "fewshot_docs", only_if_shown):
+        with _examples_only_if_shown():
             loaded = manager.load([spec])["tasks"]
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         cause = error.__cause__ or error  # "an error occurred while generating" says nothing by itself
@@ -78,6 +90,21 @@ def load_task(name: str, home: str | None, folder: Path | None) -> Any:
         raise ValueError(f"lm_eval:{name} runs code that models write, or shows images; neither is supported")
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return task
+
+
+@contextlib.contextmanager
+def _examples_only_if_shown() -> Iterator[None]:
+    """To read a whole training split takes longer than to answer the questions."""
+    from lm_eval.api.task import ConfigurableTask
+
+    with _ONE_AT_A_TIME:
+        examples = ConfigurableTask.fewshot_docs
+
+        def only_if_shown(task: Any) -> Any:
+            return examples(task) if task.config.num_fewshot else None
+
+        with mock.patch.object(ConfigurableTask, "fewshot_docs", only_if_shown):
+            yield
 
 
 def _state_of(folder: Path) -> str:

@@ -9,7 +9,7 @@ from .store import Record
 
 ROLLING = "loglikelihood_rolling"  # lm-eval's name for the likelihood of a whole text
 ROLLING_TOKENS = 2**20
-CHUNK = 128  # requests that are tokenised together
+CHUNK = 512  # requests that are tokenised together
 
 
 def items_of(

@@ -94,8 +94,7 @@ def check_source(source: Source, settings: Settings) -> None:
     if source.scripted is not None:
         if source.scripted not in SCRIPTED:
             raise ValueError(f"model={source.path}: scripted models are {', '.join(SCRIPTED)}")
-        if settings.tokenizer:
-            open_tokenizer(settings.tokenizer)
+        tokenizer_of(source, settings)
         return
     folder = source.folder
     if not folder.is_dir():
@@ -111,7 +110,7 @@ def check_source(source: Source, settings: Settings) -> None:
             f"model={source.path} has no weights (no file like {' or '.join(WEIGHTS)}); an interrupted "
             "download or save, or the folder above the checkpoint?"
         )
-    tokenizer = open_tokenizer(settings.tokenizer or str(folder))
+    tokenizer = tokenizer_of(source, settings)
     longest = longest_prompt(_window(config), tokenizer, settings.allow_long)
     if longest is not None and max(settings.lengths or (0,)) > longest:
         raise ValueError(
@@ -204,9 +203,15 @@ def identity_key(identity: dict[str, Any]) -> str:
     return json.dumps(kept, sort_keys=True)
 
 
-def open_model(source: Source, settings: Settings) -> EvalModel | ScriptedModel:
+def tokenizer_of(source: Source, settings: Settings) -> Any:
+    if source.scripted is not None and not settings.tokenizer:
+        return byte_tokenizer()
+    return open_tokenizer(settings.tokenizer or str(source.folder))
+
+
+def open_model(source: Source, settings: Settings, tokenizer: Any) -> EvalModel | ScriptedModel:
+    """Raises ValueError for weights that cannot be read, and for a tokenizer that is not the model's."""
     if source.scripted is not None:
-        tokenizer = open_tokenizer(settings.tokenizer) if settings.tokenizer else byte_tokenizer()
         return SCRIPTED[source.scripted](tokenizer)
     device = device_of(settings)
     default = 65536 if device.startswith("cuda") else 4096
@@ -216,7 +221,7 @@ def open_model(source: Source, settings: Settings) -> EvalModel | ScriptedModel:
         raise ValueError(f"the weights of {source.path} cannot be read ({error}); cut short?") from None
     return EvalModel(
         model,
-        open_tokenizer(settings.tokenizer or str(source.folder)),
+        tokenizer,
         piece=settings.piece,
         batch_tokens=settings.batch_tokens or default,
         allow_long=settings.allow_long,

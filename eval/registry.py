@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .items import Item
+from .questions import Questions
 from .settings import Settings
 
 HARNESS_PREFIX = "lm_eval:"
@@ -32,7 +33,7 @@ class Family:
     Attributes:
         tasks: their names, each unique among all families; those in `extra` run only when they are named.
         build: (task, settings, tokenizer) -> items; the same on every machine.
-        run: instead of build, where a library scores by itself: (task, settings, session) -> records.
+        prepare: instead of build, where a library scores by itself: (task, settings, tokenizer) -> questions.
         lacks: (task, settings) -> what is missing and the command that brings it, or None.
         check: raises ValueError for settings that the family cannot work with.
         count: (task, settings) -> how many items `build` makes at most, without a tokenizer; None: not known.
@@ -41,11 +42,18 @@ class Family:
     name: str
     tasks: tuple[str, ...]
     build: Callable[[str, Settings, Any], Iterator[Item]] | None = None
-    run: Callable[[str, Settings, Any], list[dict[str, Any]]] | None = None
+    prepare: Callable[[str, Settings, Any], Questions] | None = None
     extra: tuple[str, ...] = ()
     lacks: Callable[[str, Settings], str | None] = nothing_missing
     check: Callable[[Settings], None] = no_check
     count: Callable[[str, Settings], int | None] = unknown_count
+
+    def questions(self, task: str, settings: Settings, tokenizer: Any) -> Questions:
+        """What a task asks: data is read here, and prompts are written while its items are iterated over."""
+        if self.prepare is not None:
+            return self.prepare(task, settings, tokenizer)
+        assert self.build is not None
+        return Questions(self.build(task, settings, tokenizer), self.count(task, settings))
 
 
 FAMILIES: dict[str, Family] = {}

@@ -51,6 +51,9 @@ def _lines(results: Results, plots: Sequence[Path]) -> Iterator[str]:
     yield table(results) + "\n"
     yield "## Models\n"
     yield _models_table(results) + "\n"
+    yield "## Time\n"
+    yield "Seconds that each task was waited for, and the part of them in which the model did not answer.\n"
+    yield _times_table(results) + "\n"
     for task in tasks_of(results):
         yield from _breakdown(results, task)
     if plots:
@@ -64,12 +67,27 @@ def _models_table(results: Results) -> str:
     rows = [["model", "path", "recurrent state (elements)", "GPU memory", "seconds", "outside the model"]]
     for model in results["models"]:
         state = model.get("state_elements")
-        # runs that found everything answered have spent no time in the model
-        share = f"{100 * model['outside_share']:.1f} %" if model["outside_share"] is not None else "-"
+        share = _share(model["outside_share"])
         peak = f"{model['peak_gpu_gb']:.2f} GB" if model["peak_gpu_gb"] else "-"
         size = f"{state:,}" if state else "-"
         rows.append([model["label"], model["path"], size, peak, f"{model['seconds']:.1f}", share])
     return _aligned(rows)
+
+
+def _share(outside: float | None) -> str:
+    # runs that found everything answered have spent no time in the model
+    return "-" if outside is None else f"{100 * outside:.1f} %"
+
+
+def _times_table(results: Results) -> str:
+    rows = [["task", *(model["label"] for model in results["models"])]]
+    for task in tasks_of(results):
+        rows.append([task, *(_time_cell(model["tasks"].get(task)) for model in results["models"])])
+    return _aligned(rows)
+
+
+def _time_cell(summary: dict[str, Any] | None) -> str:
+    return "-" if summary is None else f"{summary['seconds']:.1f} s, {_share(summary['outside_share'])}"
 
 
 def _breakdown(results: Results, task: str) -> Iterator[str]:

@@ -1,21 +1,22 @@
 """The command from its arguments to the report: everything is checked before the first model is loaded."""
 
 import contextlib
+import functools
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import opening, report
+from .ahead import Ahead
+from .outcomes import answer_all, outside_share
 from .registry import Family, load_families, select
 from .session import Session
 from .settings import EvalArguments, Settings, read_settings
-from .store import Record, Store, check_identity
-from .summary import summarise
+from .store import Store, check_identity
 
 Tasks = list[tuple[Family, str]]
 
@@ -126,36 +127,19 @@ def evaluate(
 
 
 def run_model(source: Any, identity: dict[str, Any], settings: Settings, tasks: Tasks) -> dict[str, Any]:
-    """All tasks with one model. A task that fails is noted, and the others go on."""
+    """All tasks with one model, the first of them prepared while it loads."""
     began = time.perf_counter()
     device = opening.device_of(settings)
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-    seconds: dict[str, float] = {}
-    with Store(settings.output / source.label, identity) as store:
-        model = opening.open_model(source, settings)
+    key = opening.identity_key(identity)
+    tokenizer = opening.tokenizer_of(source, settings)
+    prepare = [functools.partial(family.questions, task, settings, tokenizer) for family, task in tasks]
+    with Store(settings.output / source.label, identity) as store, Ahead(prepare, key) as ahead:
+        model = opening.open_model(source, settings, tokenizer)
         loaded = time.perf_counter()
-        session = Session(model, store, opening.identity_key(identity))
-        done, failed = {}, {}
-        for family, task in tasks:
-            started = time.perf_counter()
-            try:
-                records = run_one(family, task, settings, session)
-                if not records:
-                    raise ValueError("there are no items")
-                done[task] = summarise(family.name, task, records)
-            except (ValueError, MemoryError, OSError) as error:
-                failed[task] = " ".join(str(error).split())
-            except Exception as error:
-                # nobody foresaw it: shown in full, and still no reason to lose the other tasks' report
-                traceback.print_exc()
-                failed[task] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            if task in failed:
-                print(f"failed {task}: {failed[task]}", file=sys.stderr)
-            seconds[task] = time.perf_counter() - started
-    for task, summary in done.items():
-        summary.update(seconds=seconds[task], model_seconds=session.model_seconds.get(task, 0.0))
-    inside = sum(session.model_seconds.values())
+        with Session(model, store, key) as session:
+            outcomes = answer_all(tasks, session, ahead)
     return {
         "label": source.label,
         "path": source.path,
@@ -163,19 +147,11 @@ def run_model(source: Any, identity: dict[str, Any], settings: Settings, tasks: 
         "state_elements": state_elements(model),
         "seconds": time.perf_counter() - began,
         "load_seconds": loaded - began,
-        "outside_share": 1 - inside / sum(seconds.values()) if inside else None,
+        "outside_share": outside_share(sum(session.model_seconds.values()), sum(outcomes.seconds.values())),
         "peak_gpu_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.startswith("cuda") else None,
-        "tasks": done,
-        "failed": failed,
+        "tasks": outcomes.done,
+        "failed": outcomes.failed,
     }
-
-
-def run_one(family: Family, task: str, settings: Settings, session: Session) -> list[Record]:
-    if family.run is not None:
-        return family.run(task, settings, session)
-    assert family.build is not None
-    items = family.build(task, settings, session.model.tokenizer)
-    return session.run(task, items, family.count(task, settings))
 
 
 def state_elements(model: Any) -> int | None:

@@ -5,10 +5,9 @@ from typing import Any
 
 from .. import harness, harness_loading
 from ..datafiles import DOWNLOAD
+from ..questions import Questions
 from ..registry import HARNESS_PREFIX, Family, register
-from ..session import Session
 from ..settings import Settings
-from ..store import Record
 
 # our name: (lm-eval's name, its folder in lm-eval, folder of its data)
 TASKS = {
@@ -25,9 +24,9 @@ def _folder(task: str, settings: Settings) -> Path | None:
     return settings.data / TASKS[task][2] if task in TASKS else None
 
 
-def run(task: str, settings: Settings, session: Session) -> list[Record]:
+def prepare(task: str, settings: Settings, tokenizer: Any) -> Questions:
     name, home, _ = TASKS.get(task, (task.removeprefix(HARNESS_PREFIX), None, None))
-    return harness.run_task(name, task, home, _folder(task, settings), settings.limit, session)
+    return harness.questions(name, task, home, _folder(task, settings), settings.limit, tokenizer)
 
 
 def lacks(task: str, settings: Settings) -> str | None:
@@ -49,4 +48,4 @@ def check(settings: Settings) -> None:
             harness_loading.check_name(task.removeprefix(HARNESS_PREFIX))
 
 
-register(Family(name="commonsense", tasks=tuple(TASKS), run=run, lacks=lacks, check=check))
+register(Family(name="commonsense", tasks=tuple(TASKS), prepare=prepare, lacks=lacks, check=check))

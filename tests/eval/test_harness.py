@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,7 +76,8 @@ def test_documents_score_as_in_lm_evals_own_loop(
     samples = evaluator.evaluate(reference, tasks, limit=limit, bootstrap_iters=0)["samples"][name]
     totals: list[int] = []
     monkeypatch.setattr("eval.session.tqdm", lambda total, **_: totals.append(total) or tqdm(disable=True))
-    records = harness.run_task(name, task, home, source, limit, session(EvalModel(llama, tokenizer)))
+    answering = session(EvalModel(llama, tokenizer))
+    records = answering.ask(task, lambda: harness.questions(name, task, home, source, limit, tokenizer))
     assert totals == [sum(len(sample["arguments"]) for sample in samples)]
     assert [record["key"] for record in records] == [str(sample["doc_id"]) for sample in samples]
     for record, sample in zip(records, samples, strict=True):
@@ -91,6 +93,28 @@ def test_rows_of_an_earlier_state_of_a_folder_are_not_used(tmp_path: Path, setti
     second = harness._documents(harness_loading.load_task(name, home, tmp_path / folder), None)
     assert {row["sentence"][:5] for row in first} == {"The c"}
     assert {row["sentence"][:5] for row in second} == {"A cup"}
+
+
+def test_tasks_loaded_at_once_leave_lm_eval_as_it_was(settings: Callable) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    before = ConfigurableTask.fewshot_docs
+    with ThreadPoolExecutor(5) as pool:
+        sources = [
+            (name, home, settings().data / folder) for name, home, folder in commonsense.TASKS.values()
+        ]
+        loaded = list(pool.map(lambda source: harness_loading.load_task(*source), sources))
+    assert [task.config.task for task in loaded] == [name for name, _, _ in sources]
+    assert ConfigurableTask.fewshot_docs is before
+
+
+def test_a_template_is_compiled_once() -> None:
+    harness_loading.import_lm_eval()
+    harness_loading.import_lm_eval()
+    from lm_eval import utils
+
+    assert utils.env.from_string("{{a}} of {{b}}") is utils.env.from_string("{{a}} of {{b}}")
+    assert utils.apply_template("{{a}} of {{b}}", {"a": 1, "b": 2}) == "1 of 2"
 
 
 def test_options_that_all_tie_are_no_answer() -> None:

@@ -13,7 +13,7 @@ import pytest
 from tqdm import tqdm
 
 from eval.registry import select
-from eval.run import main, run_one
+from eval.run import main
 from eval.scripted import Oracle
 
 FAST = ["plots=false", "limit=2", "lengths=512"]
@@ -333,7 +333,8 @@ def test_progress_ends_where_a_corpus_does(
     monkeypatch.setattr("eval.session.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     ((family, _),) = select(["ppl"])
     chosen = settings(lengths="512", limit=30)
-    records = run_one(family, "ppl", chosen, session(Oracle(tokenizer)))
+    answering = session(Oracle(tokenizer))
+    records = answering.ask("ppl", lambda: family.questions("ppl", chosen, tokenizer))
     assert family.count("ppl", chosen) == 30
     assert [bar.total for bar in bars] == [len(records)] == [7]
 

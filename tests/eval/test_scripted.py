@@ -7,7 +7,6 @@ import pytest
 
 from eval import ruler
 from eval.registry import load_families, select
-from eval.run import run_one
 from eval.scripted import SCRIPTED
 from eval.settings import Settings
 
@@ -41,7 +40,7 @@ def sentences(monkeypatch: pytest.MonkeyPatch) -> None:
 def score(name: str, task: str, settings: Settings, make: Callable[[Any], Any], tokenizer: Any) -> float:
     ((family, _),) = select([task])
     assert family.lacks(task, settings) is None
-    records = run_one(family, task, settings, make(SCRIPTED[name](tokenizer)))
+    records = make(SCRIPTED[name](tokenizer)).ask(task, lambda: family.questions(task, settings, tokenizer))
     assert records
     return sum(record["score"] for record in records) / len(records)
 
