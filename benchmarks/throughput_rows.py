@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks.random_weights import draw_weights
 from models import build_model, expand_state
 from models.gla import GLABlock
+from models.language_model import GROUP
 from models.mamba2 import Mamba2Block
 from models.ops import matmul
 from training.config import RunConfig
@@ -51,7 +52,7 @@ ROWS = {
     "mamba2-lpt-fp8": Spec("mamba2", products="fp8"),
 }
 # each family has some of them
-LEVELS = tuple(dict.fromkeys((*GLABlock.recompute_levels, *Mamba2Block.recompute_levels)))
+LEVELS = tuple(dict.fromkeys((*GLABlock.recompute_levels, *Mamba2Block.recompute_levels, GROUP)))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ A family brings a config, a block and the names of its parameters (gla.py is the
 depends on what its token mixer computes.
 """
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from .saving import auto_map, bundle_code, complete_folder
 
 SMALL_LOGITS = 2**22  # with labels, logits of at most this many elements are returned besides the loss
 IGNORED = -100
+GROUP = "group"  # the level of recomputation that is the model's and not a block's
 
 
 class Block(nn.Module):
@@ -57,6 +59,11 @@ class Block(nn.Module):
         return self.token_mixer.flops_per_token()
 
 
+def group_size(layers: int) -> int:
+    """How many layers make a group: fewest streams are kept then, in front of groups and inside of one."""
+    return max(1, math.isqrt(layers))
+
+
 class Trunk(nn.Module):
     """Embeddings, blocks and the last norm, under the family's parameter names."""
 
@@ -64,12 +71,19 @@ class Trunk(nn.Module):
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(block_class(config, i) for i in range(config.num_hidden_layers))
+        self.grouped = False  # keep the stream in front of each group of layers, not of each layer
         self.norm_name = norm_name
         self.add_module(norm_name, RMSNorm(config.hidden_size, config.norm_eps))
 
     @property
     def last_norm(self) -> RMSNorm:
         return getattr(self, self.norm_name)
+
+    def groups(self) -> list[range]:
+        """Indices of the layers that are recomputed together; all in one where none are."""
+        count = len(self.layers)
+        size = group_size(count) if self.grouped else count
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
     def run(
         self,
@@ -84,16 +98,37 @@ class Trunk(nn.Module):
             if streams is not None:
                 streams += [x] * len(self.layers)
             return x
+        carried = cache.layers or [None] * len(self.layers)
+        states: list[LayerState | None] = []
+        for group in self.groups():
+            part = recomputed(self._through) if self.grouped and streams is None else self._through
+            x, made = part(x, group, carried, packing, update, streams)
+            states += made
+        if update:
+            cache.replace([cache.stored(index, state) for index, state in enumerate(states)])
+        return x
+
+    def _through(
+        self,
+        x: Tensor,
+        group: range,
+        carried: Sequence[LayerState | None],
+        packing: Packing | None,
+        update: bool,
+        streams: list[Tensor] | None,
+    ) -> tuple[Tensor, list[LayerState | None]]:
+        """The stream behind a group of layers, and the new state of each."""
         states = []
-        for index, block in enumerate(self.layers):
+        for index in group:
             if streams is not None:
                 streams.append(x)
-            block.owns_stream = streams is None and index > 0 and torch.is_grad_enabled()
-            x, state = _run_block(block, x, cache.layers[index] if cache.layers else None, packing, update)
-            states.append(cache.stored(index, state) if update else state)
-        if update:
-            cache.replace(states)
-        return x
+            block = self.layers[index]
+            # in front of a group are the embeddings, or what the group runs again from
+            others_read = streams is not None or index == group[0]
+            block.owns_stream = torch.is_grad_enabled() and not others_read
+            x, state = _run_block(block, x, carried[index], packing, update)
+            states.append(state)
+        return x, states
 
 
 def _run_block(
@@ -168,12 +203,19 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------------------------------------
     # recomputation in the backward pass
 
+    @property
+    def recompute_levels(self) -> tuple[str, ...]:
+        """What `set_recompute` takes, least recomputed first."""
+        return *self.block_class.recompute_levels, GROUP
+
     def set_recompute(self, levels: str | list[str]) -> None:
         """What the backward pass computes again instead of keeping it, for all layers or one by one.
 
         Args:
             levels: `none`, `full` (the whole layer), or one of those between that the family's block has and
-                describes (`recompute_levels`). A list: one level a layer.
+                describes (`recompute_levels`). A list: one level a layer. `group`, of all layers or none:
+                groups of sqrt(layers) run again from the stream in front of them, and inside each layer
+                is recomputed as with `full`; one more forward pass, for sequences too long for `full`.
 
         Raises:
             ValueError: a level that the layers do not have, or a list of another length.
@@ -181,10 +223,15 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         levels = [levels] * len(self.blocks) if isinstance(levels, str) else list(levels)
         if len(levels) != len(self.blocks):
             raise ValueError(f"{len(levels)} recompute levels for {len(self.blocks)} layers")
+        grouped = GROUP in levels
+        if grouped and set(levels) != {GROUP}:
+            raise ValueError(f"recompute={GROUP!r} is for all layers, not for some of them")
+        levels = ["full"] * len(levels) if grouped else levels
         for block, level in zip(self.blocks, levels):
             if level not in block.recompute_levels:
-                allowed = ", ".join(block.recompute_levels)
+                allowed = ", ".join(self.recompute_levels)
                 raise ValueError(f"recompute={level!r}: layers of {self.config.model_type} offer {allowed}")
+        self.trunk.grouped = grouped
         for block, level in zip(self.blocks, levels):
             block.recompute = level
 

@@ -73,6 +73,11 @@ def assign_levels(layers: Sequence[Sequence[LevelCost]], tokens: int, budget: fl
     return [cost.level for cost in spent]
 
 
+def least_bytes(layers: Sequence[Sequence[LevelCost]], tokens: int) -> float:
+    """What activations take where every layer keeps as little as it can."""
+    return _peak([min(costs, key=lambda cost: cost.kept) for costs in layers]) * tokens
+
+
 def _surely_less(costs: Sequence[LevelCost], now: LevelCost, new: LevelCost) -> bool:
     """Whether one level recomputes part of what the other does, for any family: all does, or nothing."""
     return new is not now and (new is costs[0] or now is costs[-1])

@@ -84,7 +84,7 @@ class RunConfig:
     dtype: str = "bf16"  # compute type, bf16 or fp32; parameters and optimiser are always fp32
     products: str = "bf16"  # products of the blocks, bf16 or fp8 (wide ones, outputs and input gradients)
     grad_comm_dtype: str = "fp32"  # type in which ZeRO sums gradients over GPUs, fp32 or bf16
-    recompute: str = "auto"  # activations made again, not kept: auto, none, conv, scan, mlp, mixer, full
+    recompute: str = "auto"  # activations not kept: auto, none, conv, scan, mlp, mixer, full or group
     compile: bool = False  # torch.compile the model
 
     # checkpoints and records

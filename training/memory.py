@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from models.language_model import GROUP, group_size
 from models.report import LayerReport, StateReport
 from training.config import RunConfig
 from training.rules import accumulation
@@ -40,13 +41,21 @@ def estimate_memory(
         levels: per layer, what it recomputes.
     """
     tokens = config.max_len * config.batch_size
-    saved = sum(tokens * _saved_bytes(model_config, level, config) for level in levels)
+    saved = tokens * sum(_saved_bytes(model_config, level, config) for level in kept_levels(levels))
     working = max(
         tokens * _saved_bytes(model_config, "none", config) + _state_bytes(layer, tokens)
         for layer in report.layers
     )
     working += head_bytes(model_config, config)
     return MemoryEstimate(optimizer_bytes(report.total_parameters, config, world_size), saved, working)
+
+
+def kept_levels(levels: list[str]) -> list[str]:
+    """The levels of what is held at once: of groups, the stream in front of each and the layers of one."""
+    if GROUP not in levels:
+        return levels
+    size = group_size(len(levels))
+    return ["full"] * (-(-len(levels) // size) + size)
 
 
 def head_bytes(model_config: Any, config: RunConfig) -> int:

@@ -2,9 +2,9 @@
 
 import torch
 
-from models.language_model import LanguageModel
+from models.language_model import GROUP, LanguageModel
 from models.report import StateReport, state_report
-from training.activation_probe import assign_levels, probe_layers
+from training.activation_probe import assign_levels, least_bytes, probe_layers
 from training.config import RunConfig
 from training.memory import estimate_memory, head_bytes, optimizer_bytes
 
@@ -20,9 +20,10 @@ def choose_recompute(
 ) -> list[str]:
     """A level for each layer: what `recompute` says; with `auto` none on CPU, the fastest that fits on GPU.
 
-    Costs are measured on the GPU itself (training.activation_probe). All ranks must follow one rank's answer:
-    under ZeRO-3 the recomputation gathers weights, in the same order everywhere. `memory` stands for the
-    bytes of a smaller GPU than the one at hand.
+    Where not even layers that are recomputed as a whole fit, groups of layers are. Costs are measured on the
+    GPU itself (training.activation_probe). All ranks must follow one rank's answer: under ZeRO-3 the
+    recomputation gathers weights, in the same order everywhere. `memory` stands for the bytes of a smaller
+    GPU than the one at hand.
     """
     report = state_report(model)
     if config.recompute != "auto" or device.type != "cuda":
@@ -31,7 +32,10 @@ def choose_recompute(
     torch.cuda.empty_cache()
     usable = _USABLE * (memory or torch.cuda.get_device_properties(device).total_memory)
     taken = optimizer_bytes(report.total_parameters, config, world_size) + head_bytes(model.config, config)
-    return assign_levels(costs, config.max_len * config.batch_size, usable - taken)
+    tokens = config.max_len * config.batch_size
+    if least_bytes(costs, tokens) > usable - taken:
+        return [GROUP] * len(costs)
+    return assign_levels(costs, tokens, usable - taken)
 
 
 def choose_levels(
@@ -43,8 +47,8 @@ def choose_levels(
         return [config.recompute] * count
     if memory is None:
         return ["none"] * count
-    for level in model.blocks[0].recompute_levels:  # least first
+    for level in model.recompute_levels:
         estimate = estimate_memory(report, model.config, config, world_size, [level] * count)
         if estimate.total < _USABLE * memory:
             return [level] * count
-    return ["full"] * count
+    return [GROUP] * count

@@ -19,7 +19,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("bf16", "fp32"),
     "products": ("bf16", "fp8"),
     "grad_comm_dtype": ("fp32", "bf16"),
-    "recompute": ("auto", "none", "mixer", "conv", "scan", "mlp", "full"),  # each family has some of them
+    # families have some of these levels
+    "recompute": ("auto", "none", "mixer", "conv", "scan", "mlp", "full", "group"),
 }
 
 _AT_LEAST: dict[str, float] = {

@@ -76,7 +76,7 @@ def _check_model_arguments(config: RunConfig) -> None:
     from training.start import shape_model
 
     model = shape_model(config)
-    levels = model.blocks[0].recompute_levels
+    levels = model.recompute_levels
     if config.recompute not in ("auto", *levels):
         raise ConfigError(f"recompute={config.recompute}: this model offers auto, {', '.join(levels)}")
     if not config.expands:

@@ -35,11 +35,12 @@ _pass = threading.local()
 
 @contextmanager
 def _in_region(phase: str) -> Iterator[None]:
+    around = getattr(_pass, "phase", None)
     _pass.phase = phase
     try:
         yield
     finally:
-        _pass.phase = None
+        _pass.phase = around
 
 
 def recomputation_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

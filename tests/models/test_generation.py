@@ -210,7 +210,7 @@ def test_recomputation_changes_no_gradient(family, ids, pieces, autocast):
     chunks = ids.chunk(pieces, dim=1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         kept = gradients(model, *chunks)
-        for level in model.blocks[0].recompute_levels:
+        for level in model.recompute_levels:
             model.set_recompute(level)
             for name, gradient in gradients(model, *chunks).items():
                 assert torch.equal(gradient, kept[name]), f"{level}: {name}"
@@ -238,6 +238,8 @@ def test_recompute_levels_are_checked_and_may_differ_by_layer(family):
         model.set_recompute("some")
     with pytest.raises(ValueError, match="3 recompute levels for 4 layers"):
         model.set_recompute(["none"] * 3)
+    with pytest.raises(ValueError, match="'group' is for all layers"):
+        model.set_recompute(["group", "group", "full", "full"])
     model.gradient_checkpointing_enable()
     assert all(block.recompute == "full" for block in model.blocks)
     model.gradient_checkpointing_disable()

@@ -84,7 +84,7 @@ def test_recomputation_changes_nothing(family):
     model = small(family, None).cuda()
     with torch.autocast("cuda", dtype=torch.bfloat16):
         expected = loss_and_gradients(model, tokens().cuda())
-        for level in model.block_class.recompute_levels:
+        for level in model.recompute_levels:
             model.set_recompute(level)
             assert_agree(loss_and_gradients(model, tokens().cuda()), expected, 2e-3)
 

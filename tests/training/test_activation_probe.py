@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.activation_probe import LevelCost, assign_levels, probe_layers
+from models.language_model import GROUP
+from training.activation_probe import LevelCost, assign_levels, least_bytes, probe_layers
+from training.memory import kept_levels
 
 LAYER = [
     LevelCost("none", kept=100.0, working=50.0, seconds=1.0),
@@ -49,6 +51,32 @@ def test_the_assignment_fits_for_any_number_of_tokens(tokens):
     levels = assign_levels([LAYER] * 5, tokens=tokens, budget=300 * tokens)
     costs = [next(cost for cost in LAYER if cost.level == level) for level in levels]
     assert sum(c.kept for c in costs) + max(c.working for c in costs) <= 300
+
+
+def test_groups_hold_the_streams_between_them_and_one_groups_layers():
+    assert least_bytes([LAYER] * 4, tokens=2) == 2 * (4 * 10 + 80)
+    assert kept_levels(["full", "none"]) == ["full", "none"]
+    assert kept_levels([GROUP] * 48) == ["full"] * (8 + 6)  # 8 groups of 6 layers
+    assert kept_levels([GROUP]) == ["full"] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gla", "mamba2"])
+def test_groups_keep_fewer_streams_than_layers(family):
+    from models import build_model
+
+    model = build_model(f"configs/models/{family}-tiny.json", device="cuda").train()
+    tokens = torch.randint(0, model.config.vocab_size, (1, 32768), device="cuda")
+    kept = {}
+    for level in ("full", GROUP):
+        model.set_recompute(level)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            before = torch.cuda.memory_allocated()
+            y = model.trunk.run(model.trunk.embeddings(tokens), *_no_cache())
+            kept[level] = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
+        y.float().sum().backward()
+        del y
+    assert kept[GROUP] < 0.75 * kept["full"]
 
 
 @pytest.mark.gpu
