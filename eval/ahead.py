@@ -12,8 +12,8 @@ from .questions import Questions
 
 WINDOW_ITEMS = 1024  # items sorted by length together; more pad less and hold more memory
 WINDOW_TOKENS = 2**18
-WINDOWS_AHEAD = 16  # whole tasks among them where those are short
-TASKS_AHEAD = 3  # begun before the one that is answered has ended; each holds its data
+WINDOWS_AHEAD = 32  # whole tasks among them where those are short
+TASKS_AHEAD = 4  # begun before the one that is answered has ended; each holds its data
 PATIENCE = 1.0  # seconds that an ended run waits for its thread to notice
 END = object()
 

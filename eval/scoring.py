@@ -83,8 +83,8 @@ def bootstrap_interval(scores: Sequence[float], resamples: int = 1000, seed: int
     if len(values) == 0:
         return math.nan, math.nan
     draws = np.random.default_rng(seed)
-    means = [values[draws.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    sums = [values.take(draws.integers(0, len(values), len(values))).sum() for _ in range(resamples)]
+    low, high = np.percentile(np.asarray(sums) / len(values), [2.5, 97.5])
     return float(low), float(high)
 
 

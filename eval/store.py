@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 Record = dict[str, Any]
-SYNC_SECONDS = 1.0  # what a power failure may cost; a killed process loses nothing
+SYNC_SECONDS = 1.0  # what a power failure may cost of what was added; a killed process loses none of it
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
