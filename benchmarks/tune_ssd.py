@@ -44,9 +44,9 @@ CANDIDATES = {
         {"BLOCK_N": 64, "STAGES": 4},
     ],
     "march": [
-        {"STAGES": 2}, {"STAGES": 4}, {"STAGES": 5}, {"num_warps": 8}, {"BLOCK_K": 32, "STAGES": 5},
-        {"BLOCK_N": 128, "STAGES": 3}, {"BLOCK_N": 256, "STAGES": 3}, {"BLOCK_N": 256, "STAGES": 4},
-        {"BLOCK_N": 256, "STAGES": 4, "num_warps": 8},
+        {"STAGES": 2}, {"STAGES": 4}, {"num_warps": 8}, {"BLOCK_K": 32, "STAGES": 5},
+        {"BLOCK_N": 128, "STAGES": 3}, {"BLOCK_N": 128, "STAGES": 5}, {"BLOCK_N": 256, "STAGES": 3},
+        {"BLOCK_N": 256, "STAGES": 4}, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 8},
     ],
     "march_back": [
         {"STAGES": 2}, {"STAGES": 4}, {"num_warps": 8}, {"BLOCK_K": 32, "STAGES": 6},

@@ -67,12 +67,17 @@ class GatedMLP(nn.Module):
         return swiglu_mlp(x, norm.weight, norm.eps, *weights, recompute=recompute)
 
 
-def recomputed(part: Callable) -> Callable:
-    """`part`, keeping its inputs alone and running again in the backward pass where gradients are wanted."""
+def recomputed(part: Callable, ends_in_product: bool = True) -> Callable:
+    """`part`, keeping its inputs alone and running again in the backward pass where gradients are wanted.
+
+    ends_in_product: its last product may be skipped in the second run (`gated_norm_linear`).
+    """
     if not torch.is_grad_enabled():
         return part
     # nothing in a block is random, so there is no generator state to replay
-    options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": recomputation_contexts}
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    if ends_in_product:
+        options["context_fn"] = recomputation_contexts
     return functools.partial(torch.utils.checkpoint.checkpoint, part, **options)
 
 

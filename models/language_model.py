@@ -80,9 +80,9 @@ class Trunk(nn.Module):
         return getattr(self, self.norm_name)
 
     def groups(self) -> list[range]:
-        """Indices of the layers that are recomputed together; all in one where none are."""
+        """Indices of the layers that are recomputed together, or one by one."""
         count = len(self.layers)
-        size = group_size(count) if self.grouped else count
+        size = group_size(count) if self.grouped else 1
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
     def run(
@@ -101,11 +101,12 @@ class Trunk(nn.Module):
         carried = cache.layers or [None] * len(self.layers)
         states: list[LayerState | None] = []
         for group in self.groups():
-            part = recomputed(self._through) if self.grouped and streams is None else self._through
+            again = self.grouped and streams is None
+            part = recomputed(self._through, ends_in_product=False) if again else self._through
             x, made = part(x, group, carried, packing, update, streams)
-            states += made
+            states += [cache.stored(index, state) for index, state in zip(group, made)] if update else made
         if update:
-            cache.replace([cache.stored(index, state) for index, state in enumerate(states)])
+            cache.replace(states)
         return x
 
     def _through(
@@ -123,8 +124,8 @@ class Trunk(nn.Module):
             if streams is not None:
                 streams.append(x)
             block = self.layers[index]
-            # in front of a group are the embeddings, or what the group runs again from
-            others_read = streams is not None or index == group[0]
+            # the first reads the embeddings, and that of a group what it runs again from
+            others_read = streams is not None or index == 0 or (self.grouped and index == group[0])
             block.owns_stream = torch.is_grad_enabled() and not others_read
             x, state = _run_block(block, x, carried[index], packing, update)
             states.append(state)

@@ -13,7 +13,7 @@ _CHUNK_TOKENS = 256  # between two states that the backward pass of a layer hold
 # what a mixer keeps a token at each level, in widths of the residual stream: projections, gates, outputs.
 # Within 10 % of what the 1.3B layers kept on a GPU; whole estimates stay above the measured peaks
 _MIXER_WIDTHS = {
-    "statex_gla": {"none": 5.5, "scan": 4.5, "mlp": 4.5},
+    "statex_gla": {"none": 5.5, "scan": 4.5, "mlp": 4.5, "mixer": 1.0, "full": 1.0},  # the MLP's stream too
     "statex_mamba2": {"none": 8.5, "conv": 6.5, "scan": 4.5},
 }
 _OTHER_WIDTHS = {"none": 8.0, "conv": 6.0, "scan": 4.0, "mlp": 8.0}
@@ -41,21 +41,32 @@ def estimate_memory(
         levels: per layer, what it recomputes.
     """
     tokens = config.max_len * config.batch_size
-    saved = tokens * sum(_saved_bytes(model_config, level, config) for level in kept_levels(levels))
+    saved = tokens * kept_bytes(model_config, config, levels)
     working = max(
         tokens * _saved_bytes(model_config, "none", config) + _state_bytes(layer, tokens)
         for layer in report.layers
     )
     working += head_bytes(model_config, config)
-    return MemoryEstimate(optimizer_bytes(report.total_parameters, config, world_size), saved, working)
+    grouped = GROUP in levels
+    if grouped:  # the stream of a group that runs again, and its gradient
+        working += 2 * tokens * _stream_bytes(model_config, config)
+    weights = optimizer_bytes(report.total_parameters, config, world_size, late_peak=grouped)
+    return MemoryEstimate(weights, saved, working)
 
 
-def kept_levels(levels: list[str]) -> list[str]:
-    """The levels of what is held at once: of groups, the stream in front of each and the layers of one."""
+def kept_bytes(model_config: Any, config: RunConfig, levels: list[str]) -> int:
+    """Bytes a token that stay from forward to backward; of groups the most that is held at once, that is the
+    streams in front of them and what the layers of one keep."""
     if GROUP not in levels:
-        return levels
+        return sum(_saved_bytes(model_config, level, config) for level in levels)
     size = group_size(len(levels))
-    return ["full"] * (-(-len(levels) // size) + size)
+    streams = -(-len(levels) // size) * _stream_bytes(model_config, config)
+    return streams + size * _saved_bytes(model_config, "full", config)
+
+
+def _stream_bytes(model_config: Any, config: RunConfig) -> int:
+    width = 4 if config.dtype != "bf16" or model_config.residual_in_fp32 else 2
+    return width * model_config.hidden_size
 
 
 def head_bytes(model_config: Any, config: RunConfig) -> int:
@@ -63,13 +74,13 @@ def head_bytes(model_config: Any, config: RunConfig) -> int:
     return 2 * 4 * config.max_len * config.batch_size * model_config.hidden_size + 2**29
 
 
-def optimizer_bytes(parameters: int, config: RunConfig, world_size: int) -> int:
+def optimizer_bytes(parameters: int, config: RunConfig, world_size: int, *, late_peak: bool = False) -> int:
     """fp32 weights, gradients and AdamW's moments of one rank.
 
     ZeRO-1 and 2 hold their own flat master copy of a rank's share besides the weights; ZeRO-2 frees gradients
     of other shares as they come; ZeRO-3 shares out everything. The reduction buckets add 0.4 GB each way. A
     single process without accumulation has no gradients yet when activations are at their peak: they come as
-    those go.
+    those go, unless so little is kept that the peak comes late.
     """
     share = parameters / world_size
     buckets = 2 * 4 * 2e8
@@ -78,7 +89,7 @@ def optimizer_bytes(parameters: int, config: RunConfig, world_size: int) -> int:
         "zero2": 4 * parameters + 20 * share + buckets,
         "zero3": 20 * share + 2 * buckets,
     }
-    alone = world_size == 1 and accumulation(config, 1) == 1
+    alone = world_size == 1 and accumulation(config, 1) == 1 and not late_peak
     return int(per_kind.get(config.launch, (12 if alone else 16) * parameters))
 
 

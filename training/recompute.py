@@ -6,7 +6,7 @@ from models.language_model import GROUP, LanguageModel
 from models.report import StateReport, state_report
 from training.activation_probe import assign_levels, least_bytes, probe_layers
 from training.config import RunConfig
-from training.memory import estimate_memory, head_bytes, optimizer_bytes
+from training.memory import estimate_memory, head_bytes, kept_bytes, optimizer_bytes
 
 _USABLE = 0.95  # of a GPU's memory; the rest goes to the CUDA context, NCCL and gaps between segments
 
@@ -34,7 +34,7 @@ def choose_recompute(
     taken = optimizer_bytes(report.total_parameters, config, world_size) + head_bytes(model.config, config)
     tokens = config.max_len * config.batch_size
     if least_bytes(costs, tokens) > usable - taken:
-        return [GROUP] * len(costs)
+        return [_leanest(model, config)] * len(costs)
     return assign_levels(costs, tokens, usable - taken)
 
 
@@ -51,4 +51,10 @@ def choose_levels(
         estimate = estimate_memory(report, model.config, config, world_size, [level] * count)
         if estimate.total < _USABLE * memory:
             return [level] * count
-    return [GROUP] * count
+    return [_leanest(model, config)] * count
+
+
+def _leanest(model: LanguageModel, config: RunConfig) -> str:
+    """Groups of few layers keep more than the layers."""
+    kept = {level: kept_bytes(model.config, config, [level] * len(model.blocks)) for level in ("full", GROUP)}
+    return min(kept, key=kept.__getitem__)

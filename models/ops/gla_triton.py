@@ -248,7 +248,8 @@ class Launcher:
             tables = token_blocks(x, BT, BK), token_blocks(y, BT, BV), row_blocks(states, BK, BV)
         march_kernel[grid](
             *tables, total, first, last, layout.bounds, layout.chunk_bounds,
-            H=self.H, K=self.K, V=self.V, C=layout.size, REVERSE=reverse, REGULAR=layout.regular,
+            H=self.H, K=self.K, V=self.V, C=layout.size, REVERSE=reverse,
+            REGULAR=layout.regular or not settings["BLOCKS"],  # pointers are masked in any case
             HAS_FIRST=first is not None, STORE_LAST=store_last, PRECISION=self.precision, **settings,
         )  # fmt: skip
         return states, last

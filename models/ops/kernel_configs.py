@@ -34,7 +34,8 @@ def kernel_config(
         if kernel not in default or unknown:
             raise ValueError(
                 f"configs/kernels/{gpu_name(device)}/{operator}.json, {shape}: {kernel} {sorted(unknown)} "
-                f"is unknown; the kernels and their settings are {default}"
+                f"is unknown; the kernels and their settings are {default}; "
+                "benchmarks.tune_kernels (gla) and benchmarks.tune_ssd (ssd) write the file anew"
             )
         merged[kernel].update(settings)
     return merged
