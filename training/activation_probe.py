@@ -67,15 +67,19 @@ def assign_levels(layers: Sequence[Sequence[LevelCost]], tokens: int, budget: fl
     Returns:
         Levels by name; the leanest ones where even these exceed the budget.
     """
-    chosen = [min(costs, key=lambda cost: cost.kept) for costs in layers]
+    chosen = _leanest(layers)
     measured = _spend(chosen, layers, tokens, budget, lambda costs, now, new: new.seconds < now.seconds)
     spent = _spend(measured, layers, tokens, budget, _surely_less)
     return [cost.level for cost in spent]
 
 
+def _leanest(layers: Sequence[Sequence[LevelCost]]) -> list[LevelCost]:
+    return [min(costs, key=lambda cost: cost.kept) for costs in layers]
+
+
 def least_bytes(layers: Sequence[Sequence[LevelCost]], tokens: int) -> float:
     """What activations take where every layer keeps as little as it can."""
-    return _peak([min(costs, key=lambda cost: cost.kept) for costs in layers]) * tokens
+    return _peak(_leanest(layers)) * tokens
 
 
 def _surely_less(costs: Sequence[LevelCost], now: LevelCost, new: LevelCost) -> bool:
