@@ -5,9 +5,9 @@
 
 Prints a table of relative errors by norm (this repository's kernels and fla's, forward and every gradient),
 what a layer keeps and takes at each level of recomputation, the times at 65,536 tokens, and what the
-candidates of tune_kernels take until `seconds` have passed since the start; a section that fails is printed
-and the others go on. The best settings are written below out/ in the layout of configs/kernels, each as soon
-as it is known.
+candidates of tune_kernels take until `seconds` have passed since the start. A section that fails is printed
+and the others go on; exit status 1 if one failed, or a row of our kernels. The best settings are written
+below out/ in the layout of configs/kernels, each as soon as it is known.
 """
 
 import importlib
@@ -127,24 +127,31 @@ def check_group(
     return rows
 
 
-def section(title: str, body: Callable[[], None]) -> None:
-    """Run one part; print what went wrong instead of stopping the others."""
+def section(title: str, body: Callable[[], int | None]) -> int:
+    """Failures of one part; prints what went wrong instead of stopping the others."""
     print(f"\n=== {title}", flush=True)
     begin = time.time()
     try:
-        body()
+        failures = body() or 0
     except Exception:
         print(f"SECTION FAILED: {traceback.format_exc(limit=6)}")
+        failures = 1
     print(f"--- {title}: {time.time() - begin:.0f} s", flush=True)
+    return failures
 
 
-def print_errors(jobs: list[Future]) -> None:
+def print_errors(jobs: list[Future]) -> int:
+    failures = 0
     print(f"relative error by norm against float64        {'':>8}" + " ".join(f"{n:>9}" for n in NAMES))
     for job in jobs:
         try:
-            print("\n".join(job.result(timeout=280)), flush=True)
+            rows = job.result(timeout=280)
+            print("\n".join(rows), flush=True)
+            failures += sum(row.startswith("triton") and "FAIL" in row for row in rows)
         except Exception as error:
             print(f"GROUP FAILED: {type(error).__name__} {str(error)[:300]}")
+            failures += 1
+    return failures
 
 
 def print_levels() -> None:
@@ -181,7 +188,7 @@ def _name(group: tuple) -> str:
     return f"{implementation}-{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     given = dict(argument.split("=", 1) for argument in arguments)
     begin, seconds = time.time(), float(given.get("seconds", 240))
     out = Path(given.get("out", os.environ.get("OUT", "output")))
@@ -189,21 +196,23 @@ def main(arguments: list[str]) -> None:
     sections = given.get("sections", "errors,levels,times,tune").split(",")
     triton_version = importlib.import_module("triton").__version__
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton_version}")
+    failures = 0
     if "errors" in sections:
         context, workers = multiprocessing.get_context("spawn"), tune_kernels.default_workers()
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
             jobs = [pool.submit(check_group, *group) for group in GROUPS if _name(group) in wanted]
-            section("errors", lambda: print_errors(jobs))
+            failures += section("errors", lambda: print_errors(jobs))
     if "levels" in sections:
-        section("levels", print_levels)
+        failures += section("levels", print_levels)
     if "times" in sections:
-        section("times", print_times)
+        failures += section("times", print_times)
     if "tune" in sections:
         bases = {shape: tune_kernels.base_settings(shape) for shape in SHAPES.values()}
         options = 65536, out, begin + seconds, tune_kernels.default_workers()
-        section("tune", lambda: tune_kernels.tune(bases, *options))
+        failures += section("tune", lambda: tune_kernels.tune(bases, *options))
     print(f"total {time.time() - begin:.0f} s")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ Prints a table of relative errors by norm (forward and every gradient; NaN is a 
 passes and of each kernel (benchmarks/gpu_time_ssd.py; benchmarks/tune_ssd.py tunes them), beside mamba_ssm
 where it is installed. A section that fails is printed and the others go on; one that would begin after
 `seconds` is left out, and says so. mamba_ssm's own errors: benchmarks/gpu_check_backends.py.
+Exit status 1 if anything failed.
 """
 
 import contextlib
@@ -188,14 +189,14 @@ def warm_compiler_cache(workers=16):
 
 
 def section(title, function, *arguments):
-    """Runs one part unless its time is over; prints what went wrong instead of stopping the others."""
+    """Failures of one part, run unless its time is over; prints what went wrong and lets the others go on."""
     elapsed = time.time() - START
     print(f"== {title} [{elapsed:.0f} s]", flush=True)
     if elapsed > SECONDS:
         print(f"left out: {SECONDS:.0f} s are over")
         return 0
     try:
-        return function(*arguments)
+        return function(*arguments) or 0
     except Exception:
         traceback.print_exc(limit=4)
         return 1
@@ -206,25 +207,26 @@ def main():
     print(torch.cuda.get_device_name(), torch.__version__)
     section("compiling", warm_compiler_cache)
     dtypes = (torch.bfloat16, torch.float32)
-    failures = section("SSD, ours", check_ssd, ("triton",), (128, 512), dtypes, LENGTHS) or 0
-    failures += section("SSD, packed in one tensor", check_packed) or 0
-    failures += section("convolution", check_conv, ("triton",)) or 0
+    failures = section("SSD, ours", check_ssd, ("triton",), (128, 512), dtypes, LENGTHS)
+    failures += section("SSD, packed in one tensor", check_packed)
+    failures += section("convolution", check_conv, ("triton",))
     print(f"== {failures} failures of ours")
     for n in (128, 512):
-        section(f"whole passes N={n}", time_whole, "triton", n)
+        failures += section(f"whole passes N={n}", time_whole, "triton", n)
     for channels in (4352, 5120):
         for config in CONVOLUTIONS[: 1 if quick else None]:
-            section("convolution", time_conv, "triton", channels, TOKENS, config)
+            failures += section("convolution", time_conv, "triton", channels, TOKENS, config)
     if not quick:
         for n in (128, 512):
-            section(f"kernels N={n}", time_pieces, n, 256)
-        section("convolution", time_conv, "mamba_ssm", 4352)
+            failures += section(f"kernels N={n}", time_pieces, n, 256)
+        section("convolution", time_conv, "mamba_ssm", 4352)  # a package that is not there is no failure
         for n in (128, 512):
             section(f"whole passes N={n}", time_whole, "mamba_ssm", n)
     print(f"done in {time.time() - START:.0f} s")
+    return 1 if failures else 0
 
 
 START = time.time()
 SECONDS = next((float(word[8:]) for word in sys.argv[1:] if word.startswith("seconds=")), 600.0)
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -216,17 +216,20 @@ class Pieces:
 
 
 def time_pieces(state_size, chunk, tokens=TOKENS):
-    """Times every kernel; with few tokens this only fills the compiler's cache."""
+    """Times every kernel, and counts those that fail; few tokens only fill the compiler's cache."""
+    failures = 0
     for rows in Pieces(state_size, chunk, tokens).table().values():
         for label, function, flops, moved in rows:
             try:
                 ms = milliseconds(function, repeats=5 if tokens == TOKENS else 1)
             except Exception as error:
                 print(f"FAIL {label} N={state_size} Q={chunk}: {str(error)[:200]}", flush=True)
+                failures += 1
                 continue
             if tokens == TOKENS:
                 rate = f"{flops / ms / 1e9:6.0f} TFLOP/s {moved / ms / 1e6:6.0f} GB/s"
                 print(f"{label:22s} N={state_size} Q={chunk} {ms:7.3f} ms {rate}", flush=True)
+    return failures
 
 
 def time_conv(backend, channels, tokens=TOKENS, config=None):
