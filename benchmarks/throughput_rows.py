@@ -16,9 +16,9 @@ from torch import nn
 from benchmarks.random_weights import draw_weights
 from models import build_model, expand_state
 from models.gla import GLABlock
-from models.language_model import GROUP
 from models.mamba2 import Mamba2Block
 from models.ops import matmul
+from models.trunk import GROUP
 from training.config import RunConfig
 from training.recompute import choose_recompute
 

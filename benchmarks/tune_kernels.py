@@ -266,7 +266,7 @@ def _print_times(kernel: str, shape: Shape, tokens: int, base: dict, times: list
 
 def base_settings(shape: Shape) -> dict:
     """The settings in use at a shape."""
-    from models.ops.gla_triton import settings_for
+    from models.ops.gla_triton_settings import settings_for
 
     H, K, V = shape
     q = torch.empty(1, 1, H, K, device="cuda", dtype=torch.bfloat16)

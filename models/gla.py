@@ -24,9 +24,10 @@ from .cache import LayerState
 from .config import LanguageModelConfig, check_value
 from .draw import Draw
 from .families import Family, register_family
-from .language_model import Block, LanguageModel
+from .language_model import LanguageModel
 from .ops.gla import gla_gated, made_again
 from .ops.linear import gated_norm_linear, norm_linear
+from .trunk import Block
 
 GATE_LOGIT_NORMALIZER = 16
 GATE_LOW_RANK_DIM = 16

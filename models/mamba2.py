@@ -26,12 +26,13 @@ from .cache import LayerState
 from .config import LanguageModelConfig
 from .draw import Draw
 from .families import Family, register_family
-from .language_model import Block, LanguageModel
+from .language_model import LanguageModel
 from .mamba2_layouts import is_original, read_config, read_tensor, time_step_limit, write_published
 from .ops.conv import causal_conv1d
 from .ops.linear import gated_norm_linear, norm_linear
 from .ops.mamba2 import mamba2_mixer, mixer_is_fused
 from .ops.ssd import ssd, ssd_packed
+from .trunk import Block
 
 EMBEDDING_STD = 0.02
 

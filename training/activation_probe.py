@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from models.language_model import Block, LanguageModelConfig
+from models.config import LanguageModelConfig
+from models.trunk import Block
 
 PROBE_TOKENS = 32768
 WARM_UP_ROUNDS = 3

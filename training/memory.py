@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from models.language_model import GROUP, group_size
 from models.report import LayerReport, StateReport
+from models.trunk import GROUP, group_size
 from training.config import RunConfig
 from training.rules import accumulation
 

@@ -2,8 +2,9 @@
 
 import torch
 
-from models.language_model import GROUP, LanguageModel
+from models.language_model import LanguageModel
 from models.report import StateReport, state_report
+from models.trunk import GROUP
 from training.activation_probe import assign_levels, least_bytes, probe_layers
 from training.config import RunConfig
 from training.memory import estimate_memory, head_bytes, kept_bytes, optimizer_bytes

@@ -17,9 +17,10 @@ from .cache import LayerState
 from .config import LanguageModelConfig
 from .draw import Draw
 from .families import Family, register_family
-from .language_model import Block, LanguageModel
+from .language_model import LanguageModel
 from .modes import LayerPlan, Mode, Tensors, register_modes
 from .ops.gla import gla
+from .trunk import Block
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.language_model import GROUP
 from models.report import state_report
+from models.trunk import GROUP
 from training.activation_probe import LevelCost, assign_levels, least_bytes, probe_layers
 from training.config import RunConfig
 from training.memory import estimate_memory
