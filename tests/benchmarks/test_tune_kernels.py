@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import tune_kernels
-from models.ops.gla_triton import _default
+from models.ops.gla_triton_settings import default
 
 SHAPE = (4, 256, 512)
 
@@ -44,7 +44,7 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.setenv("STATEX_KERNEL_CONFIGS", str(tmp_path / "used"))
 
     def tune(seconds=60.0):
-        tune_kernels.tune({SHAPE: _default(*SHAPE)}, 1024, tmp_path, time.time() + seconds, 1)
+        tune_kernels.tune({SHAPE: default(*SHAPE)}, 1024, tmp_path, time.time() + seconds, 1)
         path = tmp_path / "a-gpu" / "gla.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
@@ -52,7 +52,7 @@ def pretended(monkeypatch, tmp_path):
 
 
 def test_candidates_begin_with_what_is_used_and_fit_the_chunk():
-    base = _default(*SHAPE)
+    base = default(*SHAPE)
     base["chunk"]["size"] = 64
     found = tune_kernels.candidates("intra_backward", SHAPE, base)
     assert found[0] == base["intra_backward"]

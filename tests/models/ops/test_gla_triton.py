@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models.ops.gla import gla, gla_gated
+from models.ops.gla_triton_settings import default_wide
 
 from .test_gla import assert_close, make_inputs, run
 
@@ -19,7 +20,7 @@ def run_kernels(inputs, *, chunk=128, blocks=False, **options):
     """The kernels at a chosen chunk size, on float32 copies of the inputs; `blocks`: by descriptors."""
     from models.ops import gla_triton
 
-    settings = gla_triton._default_wide(inputs[0].shape[-1], inputs[2].shape[-1])
+    settings = default_wide(inputs[0].shape[-1], inputs[2].shape[-1])
     settings["chunk"]["size"] = chunk
     settings["march"]["BLOCKS"] = settings["grad"]["BLOCKS"] = blocks
     patch = pytest.MonkeyPatch()
@@ -38,7 +39,7 @@ def interpreted(chunk):
     """`gla_gated` on its kernels, though `resolve` would take plain torch on a CPU."""
     from models.ops import gla_triton
 
-    settings = gla_triton._default_wide(16, 16)
+    settings = default_wide(16, 16)
     settings["chunk"]["size"] = chunk
     with pytest.MonkeyPatch().context() as patch:
         patch.setattr(gla_triton, "settings_for", lambda q, v: settings)
