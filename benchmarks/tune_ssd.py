@@ -44,13 +44,13 @@ CANDIDATES = {
         {"BLOCK_N": 64, "STAGES": 4},
     ],
     "march": [
-        {"STAGES": 2}, {"STAGES": 4}, {"num_warps": 8}, {"BLOCK_K": 32, "STAGES": 5},
-        {"BLOCK_N": 128, "STAGES": 3}, {"BLOCK_N": 128, "STAGES": 5}, {"BLOCK_N": 256, "STAGES": 3},
-        {"BLOCK_N": 256, "STAGES": 4}, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 8},
+        {"STAGES": 2}, {"STAGES": 3}, {"STAGES": 5}, {"num_warps": 8}, {"BLOCK_K": 32, "STAGES": 5},
+        {"BLOCK_N": 256, "STAGES": 3}, {"BLOCK_N": 256, "STAGES": 4},
+        {"BLOCK_N": 256, "STAGES": 4, "num_warps": 8},
     ],
     "march_back": [
-        {"STAGES": 2}, {"STAGES": 4}, {"num_warps": 8}, {"BLOCK_K": 32, "STAGES": 6},
-        {"BLOCK_N": 256, "STAGES": 4}, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 8},
+        {"STAGES": 2}, {"STAGES": 3}, {"num_warps": 8}, {"BLOCK_K": 32, "STAGES": 6},
+        {"BLOCK_N": 256, "STAGES": 3}, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 8},
     ],
     "states": [{"num_stages": 2}, {"num_stages": 4}, {"HEADS": 2, "num_warps": 8}, {"BLOCK_N": 64}],
 }  # fmt: skip

@@ -25,6 +25,7 @@ from .ssd_triton_forward import (
     outputs_kernel,
     pass_states_kernel,
     scores_kernel,
+    state_scale_kernel,
     states_kernel,
 )
 from .ssd_triton_shape import Shape
@@ -175,6 +176,13 @@ def running_decays(shape: Shape, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]
     return cumulative, steps
 
 
+def state_scale(shape: Shape, decays, forward: bool) -> Tensor:
+    """What a token's part in the state behind its chunk, or in front of it, is scaled by `[chunks, H, Q]`."""
+    scale = torch.empty_like(decays[0])
+    state_scale_kernel[(shape.chunks * shape.heads,)](*decays, scale, Q=shape.chunk, FORWARD=forward)
+    return scale
+
+
 def chunk_scores(shape: Shape, B: Tensor, C: Tensor) -> Tensor:
     """C B^T of every chunk `[chunks, G, Q, Q]`; tiles above the diagonal stay unwritten."""
     scores = torch.empty(shape.chunks, shape.groups, shape.chunk, shape.chunk, dtype=B.dtype, device=B.device)
@@ -234,13 +242,13 @@ def march(
     end = torch.empty(shape.sequences, *sizes, dtype=torch.float32, device=values.device) if last else None
     parts = None
     if not forward:
-        parts = torch.empty(shape.chunks, shape.heads, blocks, dtype=torch.float32, device=values.device)
-    tile = shape.head_dim, tiles["BLOCK_N"]
+        parts = decays[0].new_empty(shape.chunks, shape.heads, blocks * shape.head_dim)
     march_kernel[(blocks, shape.heads, shape.sequences)](
         token_blocks(values, tiles["BLOCK_K"], shape.head_dim),
         token_blocks(keys, tiles["BLOCK_K"], tiles["BLOCK_N"]),
-        row_blocks(states, *tile), None if forward else row_blocks(fronts, *tile),
-        shape.start, shape.lengths, shape.first, *decays, begin, end, parts,
+        row_blocks(states, shape.head_dim, tiles["BLOCK_N"]),
+        row_blocks(state_scale(shape, decays, forward), 1, tiles["BLOCK_K"]),
+        fronts, shape.start, shape.lengths, shape.first, decays[0], begin, end, parts,
         **shape.sizes("H", "G", "P", "N", "Q"), **tiles, FORWARD=forward, REGULAR=shape.regular,
         HAS_INITIAL=begin is not None, HAS_FINAL=last, PRECISION=shape.precision,
     )  # fmt: skip

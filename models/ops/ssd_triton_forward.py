@@ -70,6 +70,14 @@ def _state_scale(cumulative_ptr, steps_ptr, at, last, FORWARD: tl.constexpr):
 
 
 @triton.jit
+def state_scale_kernel(cumulative_ptr, steps_ptr, scale_ptr, Q: tl.constexpr, FORWARD: tl.constexpr):
+    """`_state_scale` of all tokens, in chunk layout. Grid: (chunks H)."""
+    places = tl.program_id(0).to(tl.int64) * Q + tl.arange(0, Q)
+    last = tl.load(cumulative_ptr + tl.program_id(0).to(tl.int64) * Q + Q - 1)
+    tl.store(scale_ptr + places, _state_scale(cumulative_ptr, steps_ptr, places, last, FORWARD))
+
+
+@triton.jit
 def states_kernel(
     values_ptr, keys_ptr, start_ptr, length_ptr, cumulative_ptr, steps_ptr, states_ptr,
     values_stride, keys_stride,
@@ -153,7 +161,7 @@ def pass_states_kernel(
 
 @triton.jit
 def march_kernel(
-    values, keys, states, fronts, start_ptr, length_ptr, first_ptr, cumulative_ptr, steps_ptr,
+    values, keys, states, scales, fronts_ptr, start_ptr, length_ptr, first_ptr, cumulative_ptr,
     initial_ptr, final_ptr, decay_ptr,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FORWARD: tl.constexpr,
@@ -162,13 +170,14 @@ def march_kernel(
     """What each chunk adds and what is passed on in one: walks a sequence with a [P, BLOCK_N] tile of state.
 
     Forward, states in front of the chunks from x and B. Backward, from the last chunk to the first, gradients
-    of the states behind them from dy and C, and, with `fronts` the states in front, this tile's part in the
-    gradient of each chunk's total decay, [c, h, N / BLOCK_N].
+    of the states behind them from dy and C, and, with the states in front at fronts_ptr, this tile's part in
+    the gradient of each chunk's total decay, [c, h, N / BLOCK_N, P].
     A large state then passes through memory once, not three times; a small one has too few tiles for a GPU.
 
-    values, keys, states and fronts are tensor descriptors (models/ops/descriptors.py), since this loop waits
-    for instructions as much as for memory. REGULAR: all chunks are full, no row is another sequence's.
-    Grid: (N / BLOCK_N, H, sequences).
+    values, keys, states and scales (`state_scale_kernel`) are tensor descriptors (models/ops/descriptors.py),
+    since this loop waits for instructions as much as for memory. What a chunk needs once, its total decay and
+    the state in front of it, is loaded a chunk ahead. REGULAR: all chunks are full, no row is another
+    sequence's. Grid: (N / BLOCK_N, H, sequences).
     """
     sequence, head = tl.program_id(2), tl.program_id(1)
     first, end = tl.load(first_ptr + sequence).to(tl.int32), tl.load(first_ptr + sequence + 1).to(tl.int32)
@@ -178,43 +187,50 @@ def march_kernel(
     column, group = tl.program_id(0) * BLOCK_N, head // (H // G)
     place = tl.arange(0, BLOCK_K)
     blocks = tl.num_programs(0)
-    cumulative_ptr += (first.to(tl.int64) * H + head) * Q
-    if FORWARD:
-        steps_ptr += (first.to(tl.int64) * H + head) * Q
-    else:
-        decay_ptr += (first.to(tl.int64) * H + head) * blocks + tl.program_id(0)
-    own = (sequence.to(tl.int64) * H + head) * (P * N) + column
-    own = own + tl.arange(0, P)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
+    chunks = end - first
+    in_state = column + tl.arange(0, P)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
+    own = (sequence.to(tl.int64) * H + head) * (P * N) + in_state
     if HAS_INITIAL:
         state = tl.load(initial_ptr + own).to(tl.float32)
     else:
         state = tl.zeros([P, BLOCK_N], tl.float32)
+    cumulative_ptr += (first.to(tl.int64) * H + head) * Q + Q - 1
+    if FORWARD:
+        last = tl.load(cumulative_ptr, mask=chunks > 0, other=0.0)
+    else:
+        last = tl.load(cumulative_ptr + (chunks - 1) * (H * Q), mask=chunks > 0, other=0.0)
+        fronts_ptr += (first.to(tl.int64) * H + head) * (P * N)
+        decay_ptr += ((first.to(tl.int64) * H + head) * blocks + tl.program_id(0)) * P + tl.arange(0, P)
+        front_at = fronts_ptr + (chunks - 1).to(tl.int64) * (H * P * N) + in_state
+        front = tl.load(front_at, mask=chunks > 0, other=0.0)
     pieces: tl.constexpr = Q // BLOCK_K
-    chunks = end - first
     for step in tl.range(0, chunks * pieces, num_stages=STAGES):
         chunk, piece = step // pieces, step % pieces
         if not FORWARD:
             chunk = chunks - 1 - chunk
         token = begin + chunk * Q + piece * BLOCK_K
+        row = (first + chunk) * H + head
         added = tl.trans(values.load([token, head * P]))
         key = keys.load([token, group * N + column])
+        scale = scales.load([row, piece * BLOCK_K])
         if not REGULAR:
             inside = place < stop - token
             added = tl.where(inside[None, :], added, 0.0)
             key = tl.where(inside[:, None], key, 0.0)
-        at = chunk * (H * Q) + piece * BLOCK_K + place
-        last = tl.load(cumulative_ptr + chunk * (H * Q) + Q - 1)
-        scale = _state_scale(cumulative_ptr, steps_ptr, at, last, FORWARD)
         if piece == 0:
-            row = ((first + chunk) * H + head) * P
-            states.store([row, column], state.to(states.dtype))
+            states.store([row * P, column], state.to(states.dtype))
             decay = tl.exp2(last)
-            if not FORWARD:
-                front = fronts.load([row, column])
-                tl.store(decay_ptr + chunk * (H * blocks), tl.sum(state * front) * decay)
+            if FORWARD:
+                coming = tl.minimum(chunk + 1, chunks - 1)
+            else:
+                coming = tl.maximum(chunk - 1, 0)
+                # a sum over columns alone: one over the whole tile would cross a barrier
+                tl.store(decay_ptr + chunk * (H * blocks * P), tl.sum(state * front, axis=1) * decay)
+                front = tl.load(fronts_ptr + coming.to(tl.int64) * (H * P * N) + in_state)
+            last = tl.load(cumulative_ptr + coming * (H * Q))
             state *= decay
         # transposed before it is scaled: it then goes from shared memory to registers once, not twice
-        scaled = (added * scale[None, :]).to(key.dtype)
+        scaled = (added * scale).to(key.dtype)
         state = tl.dot(scaled, key, state, input_precision=PRECISION)
     if HAS_FINAL:
         tl.store(final_ptr + own, state)

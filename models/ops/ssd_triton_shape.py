@@ -14,8 +14,8 @@ CONFIGS = {
         "chunk": {"Q": 256},
         "scores": {"ROWS": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
         "states": {"HEADS": 1, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
-        "march": {"BLOCK_K": 64, "BLOCK_N": 128, "STAGES": 3, "num_warps": 4},
-        "march_back": {"BLOCK_K": 64, "BLOCK_N": 128, "STAGES": 3, "num_warps": 4, "maxnreg": None},
+        "march": {"BLOCK_K": 64, "BLOCK_N": 128, "STAGES": 4, "num_warps": 4},
+        "march_back": {"BLOCK_K": 64, "BLOCK_N": 128, "STAGES": 4, "num_warps": 4, "maxnreg": None},
         "pass": {"BLOCK": 512, "num_warps": 4},
         # one warp: a sum over a block then crosses no barrier
         "pass_gradients": {"BLOCK": 256, "num_warps": 1},

@@ -58,7 +58,7 @@ def test_large_states_take_marches_and_batched_products(kernels, batch, groups, 
     monkeypatch.setattr(ssd_triton, "LARGE_STATE", 16)
     for kernel in ("states_kernel", "pass_states_kernel", "pass_gradients_kernel"):
         monkeypatch.setattr(ssd_triton, kernel, None)  # not taken
-    inputs = make_inputs(batch, 64, groups=groups, state_size=16)
+    inputs = make_inputs(batch, 64, groups=groups, state_size=32)  # two tiles of BLOCK_N
     expected = results_and_gradients(ssd_recurrent, inputs)
     assert_close(results_and_gradients(kernels, single(inputs), cu_seqlens=None), expected, 2e-5)
 
@@ -80,7 +80,7 @@ def test_packed_sequences_do_not_see_each_other(kernels, rows, large, monkeypatc
     for kernel in ("outputs", "key_gradients"):
         monkeypatch.setitem(SMALL, kernel, {**SMALL[kernel], "ROWS": rows})
     cu_seqlens = torch.tensor([0, 1, 33, 33, 70])
-    inputs = make_inputs(1, 70, sequences=4, state_size=16)
+    inputs = make_inputs(1, 70, sequences=4, state_size=32 if large else 16)
     expected = results_and_gradients(ssd_recurrent, inputs, cu_seqlens=cu_seqlens)
     found = results_and_gradients(kernels, single(inputs), cu_seqlens=cu_seqlens)
     assert_close(found, expected, 2e-5)
