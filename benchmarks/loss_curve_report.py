@@ -5,20 +5,21 @@ from pathlib import Path
 
 WINDOW = 20  # steps of a smoothed loss
 Curves = dict[str, list[float] | str]  # run -> losses, or what went wrong
+RESEEDED = ("reseeded 1", "reseeded 2", "reseeded 3")
 # what is compared: (name of the difference, run, run)
 PAIRS = (
     ("fast", "fast", "plain"),
     ("fp8", "fp8", "plain"),
     ("plain bf16", "plain bf16", "plain"),
     ("moved", "moved", "plain"),
-    ("reseeded", "reseeded", "fast"),
+    *((name, name, "fast") for name in RESEEDED),
 )
 MEANING = {
     "fast": "fast kernels in bf16, against plain in fp32",
     "fp8": "fp8 products, against plain in fp32",
     "plain bf16": "plain in bf16, against plain in fp32",
     "moved": "weights moved by 1e-6, both plain in fp32",
-    "reseeded": "other initial weights, both fast: the noise",
+    **{name: f"{name}: other initial weights, both fast" for name in RESEEDED},
 }
 
 
@@ -50,11 +51,20 @@ def compare(curves: Curves) -> dict[str, dict]:
 
 
 def within_noise(result: dict[str, dict], name: str) -> bool | None:
-    """Whether a difference is no larger than that of a reseeded run; None where one of them is missing."""
-    gap, noise = (result["differences"].get(key) for key in (name, "reseeded"))
+    """Whether a difference is no larger than the noise; None where one of them is missing."""
+    gap, noise = result["differences"].get(name), run_to_run_noise(result["differences"])
     if gap is None or noise is None:
         return False if name == "fast" else None
     return gap["max"] <= noise["max"] and gap["mean"] <= noise["mean"]  # false for NaN
+
+
+def run_to_run_noise(differences: dict[str, dict]) -> dict[str, float] | None:
+    """The mean of what the reseeded runs differ from the first; None where one is missing."""
+    known = [differences[name] for name in RESEEDED if name in differences]
+    if len(known) < len(RESEEDED):
+        return None
+    noise = {key: statistics.fmean(gap[key] for gap in known) for key in ("max", "mean")}
+    return {"steps": min(gap["steps"] for gap in known)} | noise
 
 
 def summary(family: str, result: dict[str, dict], curves: Curves, steps: int) -> str:
@@ -68,6 +78,9 @@ def summary(family: str, result: dict[str, dict], curves: Curves, steps: int) ->
         last = result["final"][name]
         figures = f"{gap['steps']} | {gap['max']:.5f} | {gap['mean']:.5f}"
         lines.append(f"| {MEANING[name]} | {figures} | {last:.4f} |")
+    if noise := run_to_run_noise(result["differences"]):
+        figures = f"{noise['steps']} | {noise['max']:.5f} | {noise['mean']:.5f}"
+        lines.append(f"| run-to-run noise: the mean of these | {figures} | |")
     lines += [f"plain ends at {result['final']['plain']:.4f}"] if "plain" in result["final"] else []
     lines += [f"FAIL {family} {name}: {what}" for name, what in curves.items() if isinstance(what, str)]
     if "fp8" in curves and curves["fp8"] == curves.get("fast"):
@@ -80,7 +93,7 @@ def summary(family: str, result: dict[str, dict], curves: Curves, steps: int) ->
 
 
 def _sentence(family: str, name: str, good: bool, differences: dict[str, dict], steps: int) -> str:
-    gap, noise = (differences.get(key) for key in (name, "reseeded"))
+    gap, noise = differences.get(name), run_to_run_noise(differences)
     if gap is None or noise is None:
         return f"FAIL {family} {name}: a run is missing, nothing to compare"
     ratios = [f"{gap[key] / noise[key]:.3f} of its {key}" for key in ("mean", "max") if noise[key]]

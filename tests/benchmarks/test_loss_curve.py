@@ -1,12 +1,22 @@
 """The loss-curve benchmark at toy size on a CPU, and its judgement."""
 
+import itertools
 import json
 
 import pytest
 import torch
 
 from benchmarks import loss_curve
-from benchmarks.loss_curve_report import WINDOW, compare, difference, smoothed, summary, within_noise
+from benchmarks.loss_curve_report import (
+    RESEEDED,
+    WINDOW,
+    compare,
+    difference,
+    run_to_run_noise,
+    smoothed,
+    summary,
+    within_noise,
+)
 
 TOY = {"steps": 3, "length": 32, "batch": 2, "hidden": 64, "workers": 1}
 PLAIN = [5.0 - 0.01 * step for step in range(60)]
@@ -14,6 +24,10 @@ PLAIN = [5.0 - 0.01 * step for step in range(60)]
 
 def shifted(by: float) -> list[float]:
     return [loss + by for loss in PLAIN]
+
+
+def reseeded(fast: list[float], *shifts: float) -> dict[str, list[float]]:
+    return {name: [loss + by for loss in fast] for name, by in zip(RESEEDED, shifts, strict=True)}
 
 
 def test_smoothing_is_a_mean_over_a_window():
@@ -28,11 +42,13 @@ def test_a_curve_that_stopped_early_is_compared_as_far_as_it_goes():
     assert gap["max"] == pytest.approx(0.5)
 
 
-def test_within_noise_means_no_larger_than_a_reseeded_run():
-    curves = {"plain": PLAIN, "fast": shifted(0.001), "reseeded": shifted(0.02), "moved": shifted(1e-5)}
+def test_within_noise_means_no_larger_than_reseeded_runs_differ():
+    fast = shifted(0.001)
+    curves = {"plain": PLAIN, "fast": fast, "moved": shifted(1e-5), **reseeded(fast, 0.02, 0.03, -0.04)}
     result = compare(curves)
     assert within_noise(result, "fast") is True
     assert within_noise(result, "fp8") is None
+    assert run_to_run_noise(result["differences"])["mean"] == pytest.approx(0.03)
     text = summary("gla", result, curves, 200)
     assert "ok gla fast: within run-to-run noise" in text
     assert "only 60 of 200 steps" in text
@@ -40,17 +56,27 @@ def test_within_noise_means_no_larger_than_a_reseeded_run():
 
 @pytest.mark.parametrize("fast", [shifted(0.2), [*PLAIN[:40], *[float("nan")] * 20]])
 def test_a_curve_outside_the_noise_fails(fast):
-    curves = {"plain": PLAIN, "fast": fast, "reseeded": [loss + 0.05 for loss in fast]}
+    curves = {"plain": PLAIN, "fast": fast, **reseeded(fast, 0.05, 0.05, 0.3)}
     result = compare(curves)
     assert within_noise(result, "fast") is False
     assert "FAIL gla fast: outside" in summary("gla", result, curves, 60)
 
 
 def test_a_missing_run_is_a_failure_and_named():
-    curves = {"plain": PLAIN, "fast": "RuntimeError: no kernel", "reseeded": PLAIN}
+    curves = {"plain": PLAIN, "fast": "RuntimeError: no kernel", **reseeded(PLAIN, 0.1, 0.1, 0.1)}
     result = compare(curves)
     assert within_noise(result, "fast") is False
     assert "FAIL gla fast: RuntimeError: no kernel" in summary("gla", result, curves, 60)
+
+
+def test_noise_of_too_few_runs_is_no_noise():
+    curves = {
+        "plain": PLAIN,
+        "fast": PLAIN,
+        RESEEDED[0]: shifted(0.1),
+        RESEEDED[1]: "RuntimeError: no memory",
+    }
+    assert within_noise(compare(curves), "fast") is False
 
 
 def test_runs_share_weights_unless_they_say_otherwise():
@@ -63,7 +89,9 @@ def test_runs_share_weights_unless_they_say_otherwise():
     assert torch.equal(weights["plain"], weights["fast"])
     change = (weights["moved"] - weights["plain"]).norm() / weights["plain"].norm()
     assert 0 < change < 1e-5
-    assert (weights["reseeded"] - weights["plain"]).norm() > 0.1 * weights["plain"].norm()
+    different = ["plain", *RESEEDED]
+    for left, right in itertools.combinations(different, 2):
+        assert (weights[left] - weights[right]).norm() > 0.1 * weights["plain"].norm()
 
 
 def test_one_layer_of_each_family_is_expanded():
