@@ -8,6 +8,7 @@ to layers that fits into the memory follows by filling it greedily, best gain a 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -22,12 +23,13 @@ TIMED_ROUNDS = 5
 
 @dataclass(frozen=True)
 class LevelCost:
-    """Cost a token of one layer at one level of recomputation."""
+    """Cost of one layer at one level of recomputation, a token unless it says otherwise."""
 
     level: str
     kept: float  # bytes that stay from forward to backward, the incoming residual stream if it is one of them
-    working: float  # bytes that its backward pass takes on top, at the peak
+    working: float  # bytes that its backward pass takes on top, at the peak, without gradients of weights
     seconds: float  # forward and backward
+    gradients: int = 0  # bytes of its weights' gradients, for any number of tokens
 
 
 def probe_layers(
@@ -53,7 +55,9 @@ def probe_layers(
     return result
 
 
-def assign_levels(layers: Sequence[Sequence[LevelCost]], tokens: int, budget: float) -> list[str]:
+def assign_levels(
+    layers: Sequence[Sequence[LevelCost]], tokens: int, budget: float, *, late_gradients: bool = False
+) -> list[str]:
     """One level a layer: the least total time found within `budget` bytes, by best gain a byte.
 
     Memory that no measured gain asks for still goes to less recomputation: where a busy machine made that
@@ -62,15 +66,20 @@ def assign_levels(layers: Sequence[Sequence[LevelCost]], tokens: int, budget: fl
     Args:
         layers: the costs of every layer at each level, least recomputed first, from `probe_layers`.
         tokens: tokens of a micro-batch.
-        budget: bytes that activations may take: what is kept over all layers, and the largest backward pass
-        on top.
+        budget: bytes that activations may take: at each layer's backward pass, what the layers up to it keep
+            and what the pass takes on top.
+        late_gradients: the budget also holds the weights' gradients, which come as activations go.
 
     Returns:
         Levels by name; the leanest ones where even these exceed the budget.
     """
+
+    def peak(chosen: Sequence[LevelCost]) -> float:
+        return _peak(chosen, tokens, late_gradients)
+
     chosen = _leanest(layers)
-    measured = _spend(chosen, layers, tokens, budget, lambda costs, now, new: new.seconds < now.seconds)
-    spent = _spend(measured, layers, tokens, budget, _surely_less)
+    measured = _spend(chosen, layers, peak, budget, lambda costs, now, new: new.seconds < now.seconds)
+    spent = _spend(measured, layers, peak, budget, _surely_less)
     return [cost.level for cost in spent]
 
 
@@ -78,9 +87,9 @@ def _leanest(layers: Sequence[Sequence[LevelCost]]) -> list[LevelCost]:
     return [min(costs, key=lambda cost: cost.kept) for costs in layers]
 
 
-def least_bytes(layers: Sequence[Sequence[LevelCost]], tokens: int) -> float:
-    """What activations take where every layer keeps as little as it can."""
-    return _peak(_leanest(layers)) * tokens
+def least_bytes(layers: Sequence[Sequence[LevelCost]], tokens: int, *, late_gradients: bool = False) -> float:
+    """What activations take where every layer keeps as little as it can; as `assign_levels` counts it."""
+    return _peak(_leanest(layers), tokens, late_gradients)
 
 
 def _surely_less(costs: Sequence[LevelCost], now: LevelCost, new: LevelCost) -> bool:
@@ -91,19 +100,19 @@ def _surely_less(costs: Sequence[LevelCost], now: LevelCost, new: LevelCost) -> 
 def _spend(
     chosen: Sequence[LevelCost],
     layers: Sequence[Sequence[LevelCost]],
-    tokens: int,
+    peak: Callable[[Sequence[LevelCost]], float],
     budget: float,
     better: Callable[[Sequence[LevelCost], LevelCost, LevelCost], bool],
 ) -> list[LevelCost]:
-    """Changes one layer after another to a better level that fits, the most seconds a byte first."""
+    """Changes one layer after another to a better level that fits, the most seconds a kept byte first."""
     chosen = list(chosen)
     while True:
-        used = _peak(chosen) * tokens
         upgrades = [
             ((now.seconds - cost.seconds) / max(cost.kept - now.kept, 1e-9), index, cost)
             for index, now in enumerate(chosen)
             for cost in layers[index]
-            if better(layers[index], now, cost) and used + (_growth(chosen, index, cost)) * tokens <= budget
+            if better(layers[index], now, cost)
+            and peak([*chosen[:index], cost, *chosen[index + 1 :]]) <= budget
         ]
         if not upgrades:
             return chosen
@@ -111,13 +120,15 @@ def _spend(
         chosen[index] = cost
 
 
-def _peak(chosen: Sequence[LevelCost]) -> float:
-    return sum(cost.kept for cost in chosen) + max(cost.working for cost in chosen)
+def _peak(chosen: Sequence[LevelCost], tokens: int, late_gradients: bool) -> float:
+    """Bytes at the fullest moment of the backward pass.
 
-
-def _growth(chosen: list[LevelCost], index: int, cost: LevelCost) -> float:
-    changed = [*chosen[:index], cost, *chosen[index + 1 :]]
-    return _peak(changed) - _peak(chosen)
+    When it reaches a layer, those behind it keep nothing any more; the gradients of their weights have come.
+    """
+    kept = accumulate(cost.kept for cost in chosen)
+    gradients = [cost.gradients if late_gradients else 0 for cost in chosen]
+    made = reversed(list(accumulate(reversed(gradients))))
+    return max(tokens * (k + cost.working) + g for k, cost, g in zip(kept, chosen, made, strict=True))
 
 
 @torch.no_grad()
@@ -164,4 +175,5 @@ def _measure(block: Block, level: str, width: int, stream: torch.dtype, autocast
     weights = sum(p.grad.numel() * p.grad.element_size() for p in block.parameters() if p.grad is not None)
     working = torch.cuda.max_memory_allocated() - loaded - weights
     seconds = start.elapsed_time(end) / 1e3
-    return LevelCost(level, kept / PROBE_TOKENS, max(working, 0) / PROBE_TOKENS, seconds / PROBE_TOKENS)
+    per_token = kept / PROBE_TOKENS, max(working, 0) / PROBE_TOKENS, seconds / PROBE_TOKENS
+    return LevelCost(level, *per_token, gradients=weights)

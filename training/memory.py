@@ -78,9 +78,8 @@ def optimizer_bytes(parameters: int, config: RunConfig, world_size: int, *, late
     """fp32 weights, gradients and AdamW's moments of one rank.
 
     ZeRO-1 and 2 hold their own flat master copy of a rank's share besides the weights; ZeRO-2 frees gradients
-    of other shares as they come; ZeRO-3 shares out everything. The reduction buckets add 0.4 GB each way. A
-    single process without accumulation has no gradients yet when activations are at their peak: they come as
-    those go, unless so little is kept that the peak comes late.
+    of other shares as they come; ZeRO-3 shares out everything. The reduction buckets add 0.4 GB each way.
+    Gradients that come late are left out, unless so little is kept that the peak comes late too.
     """
     share = parameters / world_size
     buckets = 2 * 4 * 2e8
@@ -89,8 +88,17 @@ def optimizer_bytes(parameters: int, config: RunConfig, world_size: int, *, late
         "zero2": 4 * parameters + 20 * share + buckets,
         "zero3": 20 * share + 2 * buckets,
     }
-    alone = world_size == 1 and accumulation(config, 1) == 1 and not late_peak
-    return int(per_kind.get(config.launch, (12 if alone else 16) * parameters))
+    late = gradients_come_late(config, world_size) and not late_peak
+    return int(per_kind.get(config.launch, (12 if late else 16) * parameters))
+
+
+def gradients_come_late(config: RunConfig, world_size: int) -> bool:
+    """Whether gradients are made in the backward pass, as activations go, and gone again before the next.
+
+    True of a single process without accumulation; all others hold gradients or room for them all the time.
+    """
+    deepspeed = config.launch.startswith("zero")
+    return not deepspeed and world_size == 1 and accumulation(config, 1) == 1
 
 
 def _saved_bytes(model_config: Any, level: str, config: RunConfig) -> int:

@@ -7,7 +7,13 @@ from models.report import StateReport, state_report
 from models.trunk import GROUP
 from training.activation_probe import assign_levels, least_bytes, probe_layers
 from training.config import RunConfig
-from training.memory import estimate_memory, head_bytes, kept_bytes, optimizer_bytes
+from training.memory import (
+    estimate_memory,
+    gradients_come_late,
+    head_bytes,
+    kept_bytes,
+    optimizer_bytes,
+)
 
 _USABLE = 0.95  # of a GPU's memory; the rest goes to the CUDA context, NCCL and gaps between segments
 
@@ -33,10 +39,10 @@ def choose_recompute(
     torch.cuda.empty_cache()
     usable = _USABLE * (memory or torch.cuda.get_device_properties(device).total_memory)
     taken = optimizer_bytes(report.total_parameters, config, world_size) + head_bytes(model.config, config)
-    tokens = config.max_len * config.batch_size
-    if least_bytes(costs, tokens) > usable - taken:
+    tokens, late = config.max_len * config.batch_size, gradients_come_late(config, world_size)
+    if least_bytes(costs, tokens, late_gradients=late) > usable - taken:
         return [_leanest(model, config)] * len(costs)
-    return assign_levels(costs, tokens, usable - taken)
+    return assign_levels(costs, tokens, usable - taken, late_gradients=late)
 
 
 def choose_levels(

@@ -49,11 +49,31 @@ def test_levels_that_recompute_different_parts_are_told_apart_by_time_alone():
     assert assign_levels([costs] * 2, tokens=1, budget=145) == ["mixer", "mixer"]
 
 
+def test_gradients_that_come_as_activations_go_are_counted():
+    costs = [replace(cost, gradients=50) for cost in LAYER]
+    wide = [replace(cost, working=cost.working + 100) for cost in costs]
+    stack = [wide, costs, costs, costs]
+    # all full: at the first 10 + 180, and the gradients of all four
+    assert least_bytes(stack, tokens=1) == 10 + 180
+    assert least_bytes(stack, tokens=1, late_gradients=True) == 10 + 180 + 4 * 50
+    assert assign_levels(stack, tokens=1, budget=220) == ["mlp"] * 4
+    assert assign_levels(stack, tokens=1, budget=395, late_gradients=True)[0] == "full"
+    assert assign_levels(stack, tokens=1, budget=400, late_gradients=True)[0] == "mlp"
+
+
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_the_assignment_fits_for_any_number_of_tokens(tokens):
     levels = assign_levels([LAYER] * 5, tokens=tokens, budget=300 * tokens)
     costs = [next(cost for cost in LAYER if cost.level == level) for level in levels]
-    assert sum(c.kept for c in costs) + max(c.working for c in costs) <= 300
+    assert max(sum(c.kept for c in costs[: i + 1]) + costs[i].working for i in range(5)) <= 300
+
+
+def test_a_large_backward_pass_early_in_the_stack_leaves_memory_to_the_layers_behind_it():
+    wide = [replace(cost, working=cost.working + 100) for cost in LAYER]
+    # at the second 40 x 2 + 160 are taken, for those behind it are done; at the last 40 x 4 + 60
+    assert assign_levels([LAYER, wide, LAYER, LAYER], tokens=1, budget=240) == ["mlp"] * 4
+    # at the end of the stack the same pass comes on top of what all of them keep
+    assert assign_levels([LAYER, LAYER, LAYER, wide], tokens=1, budget=240).count("mlp") == 1
 
 
 def test_the_least_is_every_layers_least():
