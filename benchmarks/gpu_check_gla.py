@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from benchmarks import tune_kernels
 from benchmarks.operators_gla import SHAPES, measure_kernels, measure_operator
+from models.command_line import run_command
 from models.gla import GLABlock, GLAConfig
 from models.ops.gla import gla, gla_recurrent, log_decay
 from training.activation_probe import probe_layers
@@ -140,17 +142,18 @@ def section(title: str, body: Callable[[], int | None]) -> int:
     return failures
 
 
-def print_errors(jobs: list[Future]) -> int:
+def print_errors(jobs: list[tuple[str, Future]]) -> int:
+    """Prints the rows of every group; failures of our own kernels."""
     failures = 0
     print(f"relative error by norm against float64        {'':>8}" + " ".join(f"{n:>9}" for n in NAMES))
-    for job in jobs:
+    for name, job in jobs:
         try:
             rows = job.result(timeout=280)
             print("\n".join(rows), flush=True)
-            failures += sum(row.startswith("triton") and "FAIL" in row for row in rows)
+            failures += name.startswith("triton") and sum("FAIL" in row for row in rows)
         except Exception as error:
-            print(f"GROUP FAILED: {type(error).__name__} {str(error)[:300]}")
-            failures += 1
+            print(f"GROUP FAILED: {name} {type(error).__name__} {str(error)[:300]}")
+            failures += name.startswith("triton")
     return failures
 
 
@@ -188,19 +191,41 @@ def _name(group: tuple) -> str:
     return f"{implementation}-{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
 
 
-def main(arguments: list[str]) -> int:
-    given = dict(argument.split("=", 1) for argument in arguments)
-    begin, seconds = time.time(), float(given.get("seconds", 240))
-    out = Path(given.get("out", os.environ.get("OUT", "output")))
-    wanted = given.get("groups", ",".join(map(_name, GROUPS))).split(",")
-    sections = given.get("sections", "errors,levels,times,tune").split(",")
+@dataclass(frozen=True)
+class Arguments:
+    """GLA's kernels on a GPU: errors, memory, times, settings.
+
+    seconds=N     after which no candidate is begun (240)
+    out=DIR       where the best settings are written ($OUT, else output)
+    sections=...  errors,levels,times,tune
+    groups=...    of the errors: triton-bf16,triton-fp32,fla-bf16
+    """
+
+    seconds: float = 240.0
+    out: str = os.environ.get("OUT", "output")
+    sections: str = "errors,levels,times,tune"
+    groups: str = "triton-bf16,triton-fp32,fla-bf16"
+
+
+def act(arguments: Arguments) -> int:
+    sections, groups = arguments.sections.split(","), arguments.groups.split(",")
+    for key, given, known in (
+        ("sections", sections, Arguments.sections.split(",")),
+        ("groups", groups, list(map(_name, GROUPS))),
+    ):
+        if unknown := set(given).difference(known):
+            raise ValueError(f"{key}={min(unknown)}: expected some of {', '.join(dict.fromkeys(known))}")
+    if not torch.cuda.is_available():
+        raise ValueError("needs a CUDA device, and torch sees none")
+    begin = time.time()
     triton_version = importlib.import_module("triton").__version__
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton_version}")
     failures = 0
     if "errors" in sections:
         context, workers = multiprocessing.get_context("spawn"), tune_kernels.default_workers()
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            jobs = [pool.submit(check_group, *group) for group in GROUPS if _name(group) in wanted]
+            wanted = [group for group in GROUPS if _name(group) in groups]
+            jobs = [(_name(group), pool.submit(check_group, *group)) for group in wanted]
             failures += section("errors", lambda: print_errors(jobs))
     if "levels" in sections:
         failures += section("levels", print_levels)
@@ -208,10 +233,16 @@ def main(arguments: list[str]) -> int:
         failures += section("times", print_times)
     if "tune" in sections:
         bases = {shape: tune_kernels.base_settings(shape) for shape in SHAPES.values()}
-        options = 65536, out, begin + seconds, tune_kernels.default_workers()
+        options = 65536, Path(arguments.out), begin + arguments.seconds, tune_kernels.default_workers()
         failures += section("tune", lambda: tune_kernels.tune(bases, *options))
     print(f"total {time.time() - begin:.0f} s")
     return 1 if failures else 0
+
+
+def main(words: list[str]) -> int:
+    outcomes = []
+    problem = run_command(Arguments, lambda arguments: outcomes.append(act(arguments)), words)
+    return problem or sum(outcomes)
 
 
 if __name__ == "__main__":

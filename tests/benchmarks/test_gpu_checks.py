@@ -1,12 +1,13 @@
 """What the GPU checks do without a GPU: their cases, their arguments, and what they count."""
 
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
 
 from benchmarks import gpu_check_backends as backends
-from benchmarks import gpu_check_ssd
+from benchmarks import gpu_check_gla, gpu_check_ssd
 
 
 def test_optional_backends_are_checked_at_all_lengths_plain_and_packed():
@@ -42,6 +43,40 @@ def test_a_case_that_fails_is_counted_and_the_others_go_on(capfd):
 def test_wrong_arguments_are_named(capsys):
     assert backends.main(["only=flax"]) == 2
     assert "only=flax" in capsys.readouterr().err
+
+
+def done(rows: list[str] | Exception) -> Future:
+    job = Future()
+    job.set_exception(rows) if isinstance(rows, Exception) else job.set_result(rows)
+    return job
+
+
+def test_gla_rows_that_fail_are_counted_for_our_kernels(capsys):
+    jobs = [
+        ("triton-bf16", done(["triton a  ok", "triton b  FAIL"])),
+        ("triton-bf16", done(RuntimeError("no kernel"))),
+        ("fla-bf16", done(["fla a  FAIL"])),
+        ("fla-bf16", done(RuntimeError("not there"))),
+    ]
+    assert gpu_check_gla.section("errors", lambda: gpu_check_gla.print_errors(jobs)) == 2
+    assert gpu_check_gla.section("times", lambda: None) == 0
+    assert gpu_check_gla.section("broken", lambda: 1 / 0) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["sections=eror", "groups=triton", "second=3"])
+def test_gla_checks_name_what_they_do_not_know(word, capsys):
+    assert gpu_check_gla.main([word]) == 2
+    assert word.split("=")[0] in capsys.readouterr().err
+
+
+def test_an_ssd_section_that_fails_or_finds_no_time_is_counted(monkeypatch, capsys):
+    assert gpu_check_ssd.section("fine", lambda: None) == 0
+    assert gpu_check_ssd.section("two", lambda: 2) == 2
+    assert gpu_check_ssd.section("broken", lambda: 1 / 0) == 1
+    monkeypatch.setattr(gpu_check_ssd, "SECONDS", 0)
+    assert gpu_check_ssd.section("late", lambda: 0) == 1
+    assert "left out" in capsys.readouterr().out
 
 
 def test_ssd_checks_run_every_case(monkeypatch):
