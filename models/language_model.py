@@ -20,7 +20,7 @@ from .config import LanguageModelConfig
 from .draw import Draw
 from .inputs import check_inputs, packed, packing_of, unpacked
 from .ops.cross_entropy import linear_cross_entropy
-from .ops.linear import compute_dtype
+from .ops.dtypes import product_dtype
 from .saving import auto_map, bundle_code, complete_folder
 from .trunk import GROUP, Block, Trunk
 
@@ -217,7 +217,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         return torch.autocast(device_type, dtype)
 
     def _residual_dtype(self, x: Tensor) -> torch.dtype:
-        dtype = compute_dtype(x)
+        dtype = product_dtype(x)
         return torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:

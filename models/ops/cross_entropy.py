@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import resolve
-from .linear import compute_dtype
+from .dtypes import product_dtype
 
 _LOGIT_BYTES = 512 * 2**20  # about what one chunk of logits may take
 REDUCTIONS = ("mean", "sum", "none")
@@ -55,7 +55,7 @@ def linear_cross_entropy(
     offered = ("torch",) if hidden.dtype == torch.float64 else ("triton", "torch")
     fused = resolve("linear_cross_entropy", hidden.device, offered, backend) == "triton"
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    rows = rows.to(compute_dtype(hidden))
+    rows = rows.to(product_dtype(hidden))
     chunk = chunk_size or max(256, _LOGIT_BYTES // (weight.shape[0] * rows.element_size()) // 256 * 256)
     if reduction == "none":
         losses = [

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import resolve
-from .linear import compute_dtype as product_dtype
+from .dtypes import product_dtype, scan_dtype
 from .step import one_kernel
 
 CHUNK_SIZE = 64
@@ -129,7 +129,7 @@ def made_again(o: Tensor, wanted: bool = True) -> AbstractContextManager:
 
 def log_decay(gate: Tensor, normalizer: float, clamp_min: float | None = None) -> Tensor:
     """Log decay of a gate's logits, in at least float32."""
-    g = F.logsigmoid(gate.to(compute_dtype(gate))) / normalizer
+    g = F.logsigmoid(gate.to(scan_dtype(gate))) / normalizer
     return g if clamp_min is None else g.clamp_min(clamp_min)
 
 
@@ -152,12 +152,6 @@ def gla_recurrent(
     del backend
     _check_shapes(q, k, v, g, initial_state, cu_seqlens)
     return _recurrent(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 when any tensor has it, else float32: what states and decays are kept in."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
 
 
 # --------------------------------------------------------------------------------------------- step by step
@@ -316,7 +310,7 @@ def _offered(q: Tensor, v: Tensor) -> tuple[str, ...]:
 
 
 def _first_state(q, k, v, g, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    dtype = compute_dtype(q, k, v, g, initial_state)
+    dtype = scan_dtype(q, k, v, g, initial_state)
     if initial_state is not None:
         return initial_state.to(dtype)
     return q.new_zeros(_state_shape(q, v, cu_seqlens), dtype=dtype)

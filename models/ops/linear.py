@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .activation import swiglu
 from .backend import resolve
+from .dtypes import product_dtype
 from .norm import gated_rms_norm, rms_norm
 
 _pass = threading.local()
@@ -47,12 +48,6 @@ def recomputation_contexts() -> tuple[AbstractContextManager, AbstractContextMan
     """`context_fn` of a checkpoint: tells `gated_norm_linear` whether it runs for its result or only to be
     differentiated."""
     return _in_region("first"), _in_region("again")
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products: autocast's where it is on, else x's own; float64 stays, as in torch."""
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 def norm_linear(
@@ -81,8 +76,8 @@ def norm_linear(
     if _fused("norm_linear", x, backend):
         from .linear_triton import FusedNormLinear
 
-        return FusedNormLinear.apply(x, norm_weight, eps, compute_dtype(x), len(weights), *weights, *biases)
-    hidden = rms_norm(x, norm_weight, eps, backend="torch").to(compute_dtype(x))
+        return FusedNormLinear.apply(x, norm_weight, eps, product_dtype(x), len(weights), *weights, *biases)
+    hidden = rms_norm(x, norm_weight, eps, backend="torch").to(product_dtype(x))
     return *(
         F.linear(hidden, _like(w, hidden), _like(b, hidden)) for w, b in zip(weights, biases, strict=True)
     ), x
@@ -120,10 +115,10 @@ def gated_norm_linear(
     if _fused("gated_norm_linear", x, backend):
         from .linear_triton import FusedGatedNormLinear
 
-        options = eps, norm_before_gate, groups, compute_dtype(x)
+        options = eps, norm_before_gate, groups, product_dtype(x)
         phase = getattr(_pass, "phase", None) if ends_recomputation else None
         return FusedGatedNormLinear.apply(x, gate, norm_weight, *options, weight, bias, residual, phase)
-    hidden = gated_rms_norm(x, gate, norm_weight, eps, **order, backend="torch").to(compute_dtype(x))
+    hidden = gated_rms_norm(x, gate, norm_weight, eps, **order, backend="torch").to(product_dtype(x))
     return _add(F.linear(hidden, _like(weight, hidden), _like(bias, hidden)), residual)
 
 
@@ -156,7 +151,7 @@ def swiglu_mlp(
     if _fused("swiglu_mlp", x, backend):
         from .linear_triton import FusedSwiGLUMLP
 
-        return FusedSwiGLUMLP.apply(x, norm_weight, eps, compute_dtype(x), recompute, *weights)
+        return FusedSwiGLUMLP.apply(x, norm_weight, eps, product_dtype(x), recompute, *weights)
     if recompute and torch.is_grad_enabled():
         return checkpoint(_plain_mlp, x, norm_weight, eps, *weights, use_reentrant=False)
     return _plain_mlp(x, norm_weight, eps, *weights)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backend import resolve, setting
-from .linear import compute_dtype
+from .dtypes import product_dtype
 from .ssd import KERNEL_HEAD_DIMS, KERNEL_STATE_SIZES
 
 KERNEL_CONV_WIDTHS = (2, 3, 4)
@@ -46,5 +46,5 @@ def mamba2_mixer(
     """
     from .mamba2_triton import Options, Parameters, fused_mixer
 
-    options = Options(dtype=compute_dtype(u), **options)
+    options = Options(dtype=product_dtype(u), **options)
     return fused_mixer(u, Parameters(*parameters), options, conv_state, recurrent_state, cu_seqlens)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .backend import resolve
+from .dtypes import scan_dtype
 from .step import one_kernel
 
 # what this repository's kernels take
@@ -133,7 +134,7 @@ def ssd_recurrent(
     _check_shapes(x, dt, A, B, C, D, initial_state, cu_seqlens)
     if cu_seqlens is not None:
         return _each_sequence(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens)
-    dtype = compute_dtype(x, dt)
+    dtype = scan_dtype(x, dt)
     heads_per_group = x.shape[2] // B.shape[2]
     with torch.autocast(x.device.type, enabled=False):
         inputs, dt, A = x.to(dtype), dt.to(dtype), A.to(dtype)
@@ -151,11 +152,6 @@ def ssd_recurrent(
     return y.to(x.dtype), state if output_final_state else None
 
 
-def compute_dtype(x: Tensor, dt: Tensor) -> torch.dtype:
-    """float64 stays float64; everything else is computed in fp32."""
-    return torch.promote_types(torch.promote_types(x.dtype, dt.dtype), torch.float32)
-
-
 def sequence_offsets(cu_seqlens: Tensor, length: int) -> list[int]:
     """`cu_seqlens` as checked python integers: from 0 to `length`, never falling."""
     offsets = cu_seqlens.tolist()
@@ -169,7 +165,7 @@ def sequence_offsets(cu_seqlens: Tensor, length: int) -> list[int]:
 
 def _ssd_torch(x, dt, A, B, C, *, D, initial_state, output_final_state, cu_seqlens, chunk_size):
     length = x.shape[1]
-    dtype = compute_dtype(x, dt)
+    dtype = scan_dtype(x, dt)
     if x.device.type == "cpu":
         chunk_size = min(chunk_size, CPU_CHUNK)
     chunk_size = min(chunk_size, length)
@@ -286,7 +282,7 @@ def _each_sequence(x, dt, A, B, C, D, initial_state, output_final_state, cu_seql
     for i, (first, last) in enumerate(pairwise(offsets)):
         state = None if initial_state is None else initial_state[i : i + 1]
         if first == last:
-            states.append(_first_state(x, B.shape[-1], state, 1, compute_dtype(x, dt)))
+            states.append(_first_state(x, B.shape[-1], state, 1, scan_dtype(x, dt)))
             continue
         pieces = [t[:, first:last] for t in (x, dt)] + [A] + [t[:, first:last] for t in (B, C)]
         y, state = ssd_recurrent(*pieces, D=D, initial_state=state, output_final_state=True)
