@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +70,7 @@ def load_task(name: str, home: str | None, folder: Path | None) -> Any:
     spec: Any = name
     if folder is not None:
         # a group is where lm-eval takes a task of its own with one field changed
-        cache = Path(datasets.config.HF_DATASETS_CACHE) / f"local-{_state_of(folder)}"
+        cache = _cache_of(folder)
         local = {"dataset_path": str(folder), "dataset_kwargs": {"cache_dir": str(cache)}}
         spec = {"group": "local", "task": [{"task": name, **local}]}
     # files are read in no time, and bars would come between those of another task
@@ -107,12 +108,23 @@ def _examples_only_if_shown() -> Iterator[None]:
             yield
 
 
-def _state_of(folder: Path) -> str:
-    """Changes with any file of the folder.
+def _cache_of(folder: Path) -> Path:
+    """Where `datasets` keeps what it has read of a folder: another place with any change of its files.
 
-    `datasets` keeps what it has read, for a named part of a folder under that name alone: without this it
-    would go on answering with rows that are no longer there, or with those of another folder.
+    It goes by the name of a part of a folder alone, and would go on answering with rows that are no longer
+    there, or with those of another folder. What it kept of earlier states of the folder is deleted.
     """
+    import datasets
+
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    caches, name = Path(datasets.config.HF_DATASETS_CACHE), f"local-{_digest(str(folder.resolve()))}"
+    cache = caches / f"{name}-{_digest(state)}"
+    for other in caches.glob(f"{name}-*"):
+        if other != cache:
+            shutil.rmtree(other, ignore_errors=True)
+    return cache
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -84,7 +84,11 @@ def test_documents_score_as_in_lm_evals_own_loop(
         assert record["metrics"] == {metric: sample[metric] for metric in sample["metrics"]}
 
 
-def test_rows_of_an_earlier_state_of_a_folder_are_not_used(tmp_path: Path, settings: Callable) -> None:
+def test_rows_of_an_earlier_state_of_a_folder_are_not_used(
+    tmp_path: Path, settings: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = tmp_path / "caches"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", caches)
     name, home, folder = commonsense.TASKS["winogrande"]
     shutil.copytree(settings().data / folder, tmp_path / folder)
     first = harness._documents(harness_loading.load_task(name, home, tmp_path / folder), None)
@@ -93,6 +97,7 @@ def test_rows_of_an_earlier_state_of_a_folder_are_not_used(tmp_path: Path, setti
     second = harness._documents(harness_loading.load_task(name, home, tmp_path / folder), None)
     assert {row["sentence"][:5] for row in first} == {"The c"}
     assert {row["sentence"][:5] for row in second} == {"A cup"}
+    assert len(list(caches.glob("local-*"))) == 1  # nor kept
 
 
 def test_tasks_loaded_at_once_leave_lm_eval_as_it_was(settings: Callable) -> None:
