@@ -2,14 +2,15 @@
 # A run over several machines under SLURM, one launcher a machine:
 #
 #   sbatch scripts/slurm_example.sh                                       # the settings below
-#   sbatch --nodes=4 scripts/slurm_example.sh mamba2_StateX.sh lr=2e-4    # another script, other settings
+#   sbatch --nodes=4 scripts/slurm_example.sh mamba2_StateX.sh tokens_per_step=1048576   # another script, other settings
 #
+# A step of the published recipe is 8 sequences: more than 8 GPUs need a larger one, as in the second line.
 # Ten minutes before the time limit SLURM sends SIGUSR1: the run saves a checkpoint and leaves with status 75, the job puts
 # itself back into the queue, and resume=auto goes on from there. `output/` has to be on a file system that all nodes see.
 #SBATCH --job-name=statex
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node=8
+#SBATCH --gpus-per-node=4
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@600
 #SBATCH --requeue
@@ -18,7 +19,7 @@ set -u
 
 script=gla_StateX.sh
 case "${1:-}" in *.sh) script=$1 && shift ;; esac
-gpus_per_node=${SLURM_GPUS_ON_NODE:-8}
+gpus_per_node=${SLURM_GPUS_ON_NODE:-4}
 
 # sbatch runs a copy of this file, so the repository is where the job was submitted
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
