@@ -6,8 +6,8 @@ flash-linear-attention's `chunk_gla` and `fused_recurrent_gla`, and both behind 
 fla); mamba_ssm's SSD and causal_conv1d behind `models.ops.ssd` and `models.ops.conv`. K=256/V=512 and
 K=1024/V=2048, d_state 128 and 512, bf16 and fp32, lengths 1 to 8192, with an initial state, and packed
 (cu_seqlens). A line says `ok`, `FAIL`, or `none` where a package has no kernel that fits the card; NaN is a
-FAIL. What would begin after `seconds` is listed as left out. Status 1 when something failed. Our own kernels:
-gpu_check_gla.py, gpu_check_ssd.py.
+FAIL. What would begin after `seconds` is left out and said; status 1 then, or when a case failed. Our
+kernels: gpu_check_gla.py, gpu_check_ssd.py.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.gpu_check_gla import LENGTHS, NAMES, TOLERANCE, draw_inputs, run_with_gradients
 from benchmarks.gpu_check_ssd import check_conv_case, check_ssd_case
-from models.command_line import parse_arguments
+from models.command_line import run_command
 from models.ops.gla import gla, gla_recurrent
 
 SHAPES = ((2, 256, 512), (1, 1024, 2048))  # heads, K, V
@@ -162,17 +162,12 @@ def _write(text: str) -> None:
     os.write(sys.stdout.fileno(), text.encode())
 
 
-def main(words: list[str]) -> int:
-    try:
-        arguments = parse_arguments(Arguments, words)
-        packages = arguments.only.split(",")
-        if unknown := set(packages).difference(PACKAGES):
-            raise ValueError(f"only={min(unknown)}: expected some of {', '.join(PACKAGES)}")
-        if not torch.cuda.is_available():
-            raise ValueError("needs a CUDA device, and torch sees none")
-    except ValueError as error:
-        print(f"benchmarks.gpu_check_backends: {error}", file=sys.stderr)
-        return 2
+def act(arguments: Arguments) -> int:
+    packages = arguments.only.split(",")
+    if unknown := set(packages).difference(PACKAGES):
+        raise ValueError(f"only={min(unknown)}: expected some of {', '.join(PACKAGES)}")
+    if not torch.cuda.is_available():
+        raise ValueError("needs a CUDA device, and torch sees none")
     begin = time.time()
     work = groups(packages)
     workers = min(arguments.workers, os.cpu_count() or 1, len(work))
@@ -190,8 +185,8 @@ def main(words: list[str]) -> int:
                 print(f"left out: the rest behind {cases[0][0]} ({type(error).__name__})", flush=True)
             failures, left_out = failures + failed, left_out + missing
     print(f"== {failures} failures, {left_out} left out, {time.time() - begin:.0f} s")
-    return 1 if failures else 0
+    return 1 if failures or left_out else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(Arguments, act))

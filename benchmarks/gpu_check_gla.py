@@ -239,11 +239,5 @@ def act(arguments: Arguments) -> int:
     return 1 if failures else 0
 
 
-def main(words: list[str]) -> int:
-    outcomes = []
-    problem = run_command(Arguments, lambda arguments: outcomes.append(act(arguments)), words)
-    return problem or sum(outcomes)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(Arguments, act))

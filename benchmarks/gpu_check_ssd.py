@@ -1,6 +1,6 @@
 """Checks the SSD and convolution kernels on a GPU against float64, then times them at 65,536 tokens.
 
-    python benchmarks/gpu_check_ssd.py [quick] [seconds=600]
+    python -m benchmarks.gpu_check_ssd [quick=true] [seconds=600]
 
 Prints a table of relative errors by norm (forward and every gradient; NaN is a FAIL), then times of whole
 passes and of each kernel (benchmarks/gpu_time_ssd.py; benchmarks/tune_ssd.py tunes them), beside mamba_ssm
@@ -16,16 +16,16 @@ import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 with contextlib.suppress(ImportError):  # narrows the autotuners of the packages measured beside ours
     import fast_autotune  # noqa: F401
 
 import torch
 
 from benchmarks.gpu_time_ssd import CONVOLUTIONS, TOKENS, time_conv, time_pieces, time_whole
+from models.command_line import run_command
 from models.ops.conv import causal_conv1d
 from models.ops.ssd import ssd, ssd_packed
 
@@ -188,12 +188,11 @@ def warm_compiler_cache(workers=16):
             job.result()
 
 
-def section(title, function, *arguments):
+def section(until, title, function, *arguments):
     """Failures of one part; prints what went wrong and lets the others go on. No time for it is one too."""
-    elapsed = time.time() - START
-    print(f"== {title} [{elapsed:.0f} s]", flush=True)
-    if elapsed > SECONDS:
-        print(f"left out: {SECONDS:.0f} s are over")
+    print(f"== {title}", flush=True)
+    if time.time() > until:
+        print("left out: the time is over")
         return 1
     try:
         return function(*arguments) or 0
@@ -202,31 +201,44 @@ def section(title, function, *arguments):
         return 1
 
 
-def main():
-    quick = "quick" in sys.argv[1:]
+@dataclass(frozen=True)
+class Arguments:
+    """SSD's and the convolution's kernels on a GPU: errors, then times.
+
+    quick=true   whole passes alone are timed, not each kernel or mamba_ssm
+    seconds=N    after which no section is begun (600)
+    """
+
+    quick: bool = False
+    seconds: float = 600.0
+
+
+def act(arguments):
+    if not torch.cuda.is_available():
+        raise ValueError("needs a CUDA device, and torch sees none")
+    begin = time.time()
+    run = partial(section, begin + arguments.seconds)
     print(torch.cuda.get_device_name(), torch.__version__)
-    section("compiling", warm_compiler_cache)
+    run("compiling", warm_compiler_cache)
     dtypes = (torch.bfloat16, torch.float32)
-    failures = section("SSD, ours", check_ssd, ("triton",), (128, 512), dtypes, LENGTHS)
-    failures += section("SSD, packed in one tensor", check_packed)
-    failures += section("convolution", check_conv, ("triton",))
+    failures = run("SSD, ours", check_ssd, ("triton",), (128, 512), dtypes, LENGTHS)
+    failures += run("SSD, packed in one tensor", check_packed)
+    failures += run("convolution", check_conv, ("triton",))
     print(f"== {failures} failures of ours")
     for n in (128, 512):
-        failures += section(f"whole passes N={n}", time_whole, "triton", n)
+        failures += run(f"whole passes N={n}", time_whole, "triton", n)
     for channels in (4352, 5120):
-        for config in CONVOLUTIONS[: 1 if quick else None]:
-            failures += section("convolution", time_conv, "triton", channels, TOKENS, config)
-    if not quick:
+        for config in CONVOLUTIONS[: 1 if arguments.quick else None]:
+            failures += run("convolution", time_conv, "triton", channels, TOKENS, config)
+    if not arguments.quick:
         for n in (128, 512):
-            failures += section(f"kernels N={n}", time_pieces, n, 256)
-        section("convolution", time_conv, "mamba_ssm", 4352)  # a package that is not there is no failure
+            failures += run(f"kernels N={n}", time_pieces, n, 256)
+        run("convolution", time_conv, "mamba_ssm", 4352)  # a package that is not there is no failure
         for n in (128, 512):
-            section(f"whole passes N={n}", time_whole, "mamba_ssm", n)
-    print(f"done in {time.time() - START:.0f} s")
+            run(f"whole passes N={n}", time_whole, "mamba_ssm", n)
+    print(f"done in {time.time() - begin:.0f} s")
     return 1 if failures else 0
 
 
-START = time.time()
-SECONDS = next((float(word[8:]) for word in sys.argv[1:] if word.startswith("seconds=")), 600.0)
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(Arguments, act))

@@ -225,6 +225,4 @@ def act(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    outcomes = []
-    problem = run_command(Arguments, lambda arguments: outcomes.append(act(arguments)))
-    sys.exit(problem or sum(outcomes))
+    sys.exit(run_command(Arguments, act))

@@ -341,9 +341,7 @@ def main(words: Sequence[str]) -> int:
     keys = {word: word.removeprefix("--").partition("=") for word in words}
     extra = {key: text for key, equals, text in keys.values() if equals and key not in own}
     mine = [word for word in words if keys[word][0] not in extra]
-    outcomes: list[int] = []
-    problem = run_command(Arguments, lambda arguments: outcomes.append(act(arguments, extra)), mine)
-    return problem or sum(outcomes)
+    return run_command(Arguments, lambda arguments: act(arguments, extra), mine)
 
 
 if __name__ == "__main__":

@@ -47,19 +47,18 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str]) -> Arguments:
 
 
 def run_command(
-    kind: type[Arguments], action: Callable[[Arguments], None], argv: Sequence[str] | None = None
+    kind: type[Arguments], action: Callable[[Arguments], int | None], argv: Sequence[str] | None = None
 ) -> int:
-    """Parse, act, and turn what the user got wrong into one line on stderr and the exit status 2."""
+    """Parse and act; the action's exit status, or 2 and one line on stderr for what the user got wrong."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help", "help"} & set(argv):
         print((kind.__doc__ or "").strip())
         return 0
     try:
-        action(parse_arguments(kind, argv))
+        return action(parse_arguments(kind, argv)) or 0
     except (ValueError, OSError, SafetensorError) as error:  # the last: a disk that is full, for one
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _required(field: Field) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import gpu_check_backends as backends
 from benchmarks import gpu_check_gla, gpu_check_ssd
+from models.command_line import run_command
 
 
 def test_optional_backends_are_checked_at_all_lengths_plain_and_packed():
@@ -41,7 +42,7 @@ def test_a_case_that_fails_is_counted_and_the_others_go_on(capfd):
 
 
 def test_wrong_arguments_are_named(capsys):
-    assert backends.main(["only=flax"]) == 2
+    assert run_command(backends.Arguments, backends.act, ["only=flax"]) == 2
     assert "only=flax" in capsys.readouterr().err
 
 
@@ -66,17 +67,35 @@ def test_gla_rows_that_fail_are_counted_for_our_kernels(capsys):
 
 @pytest.mark.parametrize("word", ["sections=eror", "groups=triton", "second=3"])
 def test_gla_checks_name_what_they_do_not_know(word, capsys):
-    assert gpu_check_gla.main([word]) == 2
+    assert run_command(gpu_check_gla.Arguments, gpu_check_gla.act, [word]) == 2
     assert word.split("=")[0] in capsys.readouterr().err
 
 
-def test_an_ssd_section_that_fails_or_finds_no_time_is_counted(monkeypatch, capsys):
-    assert gpu_check_ssd.section("fine", lambda: None) == 0
-    assert gpu_check_ssd.section("two", lambda: 2) == 2
-    assert gpu_check_ssd.section("broken", lambda: 1 / 0) == 1
-    monkeypatch.setattr(gpu_check_ssd, "SECONDS", 0)
-    assert gpu_check_ssd.section("late", lambda: 0) == 1
+def test_an_ssd_section_that_fails_or_finds_no_time_is_counted(capsys):
+    late = time.time() + 60
+    assert gpu_check_ssd.section(late, "fine", lambda: None) == 0
+    assert gpu_check_ssd.section(late, "two", lambda: 2) == 2
+    assert gpu_check_ssd.section(late, "broken", lambda: 1 / 0) == 1
+    assert gpu_check_ssd.section(0, "late", lambda: 0) == 1
     assert "left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("failures", "status"), [(0, 0), (3, 1)])
+def test_the_ssd_checks_end_with_their_status(failures, status, monkeypatch, capsys):
+    begun = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu_check_ssd, "warm_compiler_cache", lambda: None)
+    for name in ("check_packed", "check_conv", "time_whole", "time_conv", "time_pieces"):
+        monkeypatch.setattr(gpu_check_ssd, name, lambda *given, name=name: begun.append((name, *given)))
+    monkeypatch.setattr(gpu_check_ssd, "check_ssd", lambda *_: failures)
+    assert run_command(gpu_check_ssd.Arguments, gpu_check_ssd.act, ["quick=true"]) == status
+    assert ("time_whole", "triton", 512) in begun
+    assert not any(name == "time_pieces" for name, *_ in begun)
+    assert run_command(gpu_check_ssd.Arguments, gpu_check_ssd.act, []) == status
+    assert ("time_pieces", 512, 256) in begun
+    assert run_command(gpu_check_ssd.Arguments, gpu_check_ssd.act, ["quik=true"]) == 2
+    assert "did you mean quick?" in capsys.readouterr().err
 
 
 def test_ssd_checks_run_every_case(monkeypatch):
