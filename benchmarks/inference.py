@@ -47,7 +47,7 @@ class Arguments:
     length=N           tokens of the prompt (65536)
     batch=N,...        prompts at once (1,8)
     new_tokens=N       tokens decoded (256); an eighth of them without graphs
-    piece=N            tokens of the prompt read at once (8192)
+    piece=N            tokens read at once, of all prompts (the evaluation's: 32768 on a GPU, else 8192)
     tasks=true         also run a passkey task and report the share of its time outside the model
     passkey=N          also read one passkey prompt of N tokens (0: none)
     """
@@ -57,7 +57,7 @@ class Arguments:
     length: int = 65536
     batch: str = "1,8"
     new_tokens: int = 256
-    piece: int = 8192
+    piece: int | None = None
     tasks: bool = True
     passkey: int = 0
 
@@ -110,7 +110,7 @@ def rate(model: EvalModel, count: int, new_tokens: int, graphs: bool | None) -> 
 
 def measure(model: EvalModel, count: int, arguments: Arguments) -> dict[str, float | None]:
     model.end_ids = []  # random weights end texts at random
-    model.answer(prompts(count, 2 * arguments.piece, 1, VOCABULARY))  # compiles
+    model.answer(prompts(count, 2 * model.piece, 1, VOCABULARY))  # compiles
     reset_peak()
     long = prompts(count, arguments.length, 1, VOCABULARY)
     prefill = min(timed(lambda: model.answer(long)) for _ in range(2 if count == 1 else 1))
@@ -173,17 +173,20 @@ def act(arguments: Arguments) -> None:
         for drop_prop in (int(text) for text in arguments.drop_prop.split(",")):
             model = build(name, drop_prop)
             evaluated = EvalModel(model, byte_tokenizer(), piece=arguments.piece, batch_tokens=2**17)
+            piece = evaluated.piece
             shape = {
                 "model": name,
                 "drop_prop": drop_prop,
                 "state_elements": state_report(model).total_elements,
                 "length": arguments.length,
-                "piece": arguments.piece,
+                "piece": piece,
                 "device": where,
             }
             for count in (int(text) for text in arguments.batch.split(",")):
+                evaluated.piece = max(piece // count, 1)  # as much memory for many prompts as for one
                 figures = measure(evaluated, count, arguments)
                 print(json.dumps({**shape, "batch": count, **rounded(figures)}), flush=True)
+            evaluated.piece = piece
             if arguments.tasks:  # last: the kernels are warm
                 outside = round(share_outside(evaluated, arguments.length), 4)
                 print(json.dumps({**shape, "passkey_share_outside_model": outside}), flush=True)

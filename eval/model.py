@@ -24,6 +24,8 @@ from .scoring import cut_at, position_buckets
 LOGIT_ELEMENTS = 2**27  # logits held at once where those of many positions are needed: 0.5 GB in fp32
 LOOK_EVERY = 8  # decoding steps between looks at whether all rows are done: each look waits for the GPU
 SMALLEST_PIECE = 256
+PIECE = 8192
+RECURRENT_PIECE = 32768  # on a GPU: with fewer tokens a layer of Mamba2 takes less time than its launches
 ROWS = 32
 OPTION_ROWS = 256
 STATE_ELEMENTS = 2**32  # of a batch's recurrent states on a GPU: 16 GB in fp32
@@ -40,7 +42,7 @@ class EvalModel:
     """A causal language model with its tokenizer.
 
     Args:
-        piece: tokens of a prompt read at once.
+        piece: tokens of a prompt read at once; None: 32768 for this repository's models on a GPU, else 8192.
         batch_tokens: how many tokens a batch may hold, padding included.
         allow_long: accept prompts beyond what the tokenizer's folder names as its greatest length.
 
@@ -53,7 +55,7 @@ class EvalModel:
         model: nn.Module,
         tokenizer: Any,
         *,
-        piece: int = 8192,
+        piece: int | None = None,
         batch_tokens: int = 4096,
         allow_long: bool = False,
     ) -> None:
@@ -64,11 +66,11 @@ class EvalModel:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.piece = piece
         self.batch_tokens = batch_tokens
         self.allow_long = allow_long
         self.device = next(model.parameters()).device
         self.recurrent = isinstance(model, LanguageModel)
+        self.piece = piece or (RECURRENT_PIECE if self.recurrent and self.device.type == "cuda" else PIECE)
         state = state_report(model).total_elements if self.recurrent else 1
         held = STATE_ELEMENTS if self.device.type == "cuda" else CPU_STATE_ELEMENTS
         self.option_rows = min(max(held // max(state, 1), ROWS), OPTION_ROWS)

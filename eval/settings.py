@@ -36,7 +36,8 @@ class EvalArguments:
     tokenizer=FOLDER     when the model's folder has none
     device=NAME          cuda where there is one, else cpu
     dtype=NAME           bfloat16, float32, ...; bfloat16 on a GPU, as stored elsewhere
-    piece=N              tokens of a prompt read at once, the recurrent state carried on (8192)
+    piece=N              tokens of a prompt read at once, the state carried on (32768 for this repository's
+                         models on a GPU, 8192 elsewhere)
     batch_tokens=N       tokens of a batch, padding included (65536 on a GPU, 4096 elsewhere)
     allow_long=false     also prompts beyond the length that the tokenizer's folder names
     plots=true           draw the plots
@@ -57,7 +58,7 @@ class EvalArguments:
     tokenizer: str | None = None
     device: str = "auto"
     dtype: str | None = None
-    piece: int = 8192
+    piece: int | None = None
     batch_tokens: int | None = None
     allow_long: bool = False
     plots: bool = True
@@ -82,7 +83,7 @@ class Settings:
     tokenizer: str | None
     device: str
     dtype: str | None
-    piece: int
+    piece: int | None
     batch_tokens: int | None
     allow_long: bool
     plots: bool

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.items import LOGLIKELIHOOD, LOSSES, PREDICT, Item, as_tokens
-from eval.model import EvalModel
+from eval.model import RECURRENT_PIECE, EvalModel
 from models import load_pretrained, state_report
 
 from .conftest import text_item
@@ -60,6 +60,7 @@ def test_answers_through_cuda_graphs_are_those_without(
     tiny_folders: dict[str, Path], tokenizer: Any, monkeypatch: Any, family: str
 ) -> None:
     model = load_pretrained(tiny_folders[family], device="cuda")
+    assert EvalModel(model, tokenizer).piece == RECURRENT_PIECE
     items = [text_item(tokenizer, text, max_new_tokens=20) for text in TEXTS]
 
     def answers() -> list[list[str]]:
@@ -157,16 +158,20 @@ def test_models_without_a_cache_of_their_own_are_read_whole(tokenizer: Any) -> N
     assert evaluated.answer([item]) == [tokenizer.decode(greedy(model.eval(), item.tokens, 5))]
 
 
-def test_a_long_prompt_is_never_in_memory_at_once(tiny_folders: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("piece", [256, None])
+def test_a_long_prompt_is_never_in_memory_at_once(
+    tiny_folders: Any, tokenizer: Any, monkeypatch: Any, piece: int | None
+) -> None:
+    monkeypatch.setattr("eval.model.PIECE", 512)  # where none is asked for
     model = load_pretrained(tiny_folders["mamba2"])
     seen: list[int] = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     long = Item("t", "k", "generate", as_tokens([65 + i % 7 for i in range(3001)]), max_new_tokens=2)
-    EvalModel(model, tokenizer, piece=256).answer([long])
+    EvalModel(model, tokenizer, piece=piece).answer([long])
     assert sum(seen) == 3001 + 1  # and the first new token, which makes the second
-    assert max(seen) == 256
+    assert max(seen) == (piece or 512)
 
 
 def test_a_batch_beyond_the_memory_is_halved_then_read_in_smaller_pieces(
