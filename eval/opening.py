@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from models.families import family_of
+from models.folder import TOKENIZER_FILES
 from models.generate import load_model, load_tokenizer
 
 from .model import EvalModel, longest_prompt
@@ -38,11 +39,16 @@ TOKENIZER_PREFIXES = (
 
 @dataclass(frozen=True)
 class Source:
-    """A model as named on the command line, the folder that holds it, and the folder name of its answers."""
+    """A model as named on the command line, the folder that holds it, and the folder name of its answers.
+
+    Attributes:
+        shorter: labels with fewer parts of the path, which the model has where it is named alone.
+    """
 
     path: str
     folder: Path
     label: str
+    shorter: tuple[str, ...] = ()
 
     @property
     def scripted(self) -> str | None:
@@ -58,12 +64,17 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
         depth = 1
         while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in parts) > 1:
             depth += 1
-        sources.append(Source(path, folder, "_".join(own[-depth:]).replace(":", "_").replace("/", "_")))
+        *shorter, label = (_label(own[-count:]) for count in range(1, depth + 1))
+        sources.append(Source(path, folder, label, tuple(shorter)))
     for number, source in enumerate(sources):
         for other in sources[:number]:
             if source.label == other.label:  # their answers would share a folder
                 raise ValueError(f"model={other.path},{source.path}: these are the same model")
     return sources
+
+
+def _label(parts: Sequence[str]) -> str:
+    return "_".join(parts).replace(":", "_").replace("/", "_")
 
 
 def folder_of(path: str) -> Path:
@@ -89,8 +100,17 @@ def folder_of(path: str) -> Path:
         ) from None
 
 
-def check_source(source: Source, settings: Settings) -> None:
+def check_sources(sources: Sequence[Source], settings: Settings) -> None:
     """Raises ValueError for what can be seen without loading: no weights, no tokenizer, too long prompts."""
+    for source in sources:
+        _check_source(source, settings)
+    if settings.tokenizer and all(_has_tokenizer(source) for source in sources):
+        raise ValueError(
+            f"tokenizer={settings.tokenizer}: each model has its own in its folder; leave it out"
+        )
+
+
+def _check_source(source: Source, settings: Settings) -> None:
     if source.scripted is not None:
         if source.scripted not in SCRIPTED:
             raise ValueError(f"model={source.path}: scripted models are {', '.join(SCRIPTED)}")
@@ -166,6 +186,8 @@ def check_machine(settings: Settings) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device} cannot be used: {str(error).splitlines()[0]}") from None
+    if torch.device(device).type == "meta":
+        raise ValueError("device=meta holds shapes alone; use device=cpu")
     dtype = getattr(torch, settings.dtype or "float32", None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={settings.dtype!r}: expected bfloat16, float16, float32 or float64")
@@ -173,19 +195,22 @@ def check_machine(settings: Settings) -> None:
 
 def identify(source: Source, settings: Settings) -> dict[str, Any]:
     """What answers depend on besides the item: the bytes of weights, config and tokenizer."""
+    tokenizer = _tokenizer_folder(source, settings)
     if source.scripted is not None:
-        return {"path": source.path, "weights": "none", "config": "none", "tokenizer": "bytes", "dtype": None}
+        words = _tokenizer_digest(tokenizer) if tokenizer else "bytes"
+        return {"path": source.path, "weights": "none", "config": "none", "tokenizer": words, "dtype": None}
     folder = source.folder
-    tokenizer = Path(settings.tokenizer or folder)
     return {
         "path": source.path,
         "weights": _digest(_weight_files(folder)),
         "config": _digest([folder / "config.json", folder / "generation_config.json"]),
-        "tokenizer": _digest(
-            sorted(file for file in tokenizer.iterdir() if file.name.startswith(TOKENIZER_PREFIXES))
-        ),
+        "tokenizer": _tokenizer_digest(tokenizer or folder),
         "dtype": dtype_of(settings),
     }
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    return _digest(sorted(file for file in folder.iterdir() if file.name.startswith(TOKENIZER_PREFIXES)))
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -203,10 +228,22 @@ def identity_key(identity: dict[str, Any]) -> str:
     return json.dumps(kept, sort_keys=True)
 
 
+def _tokenizer_folder(source: Source, settings: Settings) -> Path | None:
+    """The model's own, or what `tokenizer=` names for those that have none; None: bytes are tokens."""
+    if _has_tokenizer(source):
+        return source.folder
+    if settings.tokenizer:
+        return Path(settings.tokenizer)
+    return None if source.scripted is not None else source.folder
+
+
+def _has_tokenizer(source: Source) -> bool:
+    return source.scripted is None and any((source.folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def tokenizer_of(source: Source, settings: Settings) -> Any:
-    if source.scripted is not None and not settings.tokenizer:
-        return byte_tokenizer()
-    return open_tokenizer(settings.tokenizer or str(source.folder))
+    folder = _tokenizer_folder(source, settings)
+    return byte_tokenizer() if folder is None else open_tokenizer(str(folder))
 
 
 def open_model(source: Source, settings: Settings, tokenizer: Any) -> EvalModel | ScriptedModel:

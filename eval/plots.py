@@ -24,6 +24,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figure.savefig(folder / f"{name}.png", dpi=130)
         pyplot.close(figure)
         files.append(folder / f"{name}.png")
+    for stale in set(folder.glob("*.png")) - set(files):  # of an earlier run with other tasks
+        stale.unlink()
     return files
 
 
@@ -61,7 +63,7 @@ def _curve(figure: Any, summaries: list[tuple[str, dict]], task: str, field: str
     axes.minorticks_off()
     axes.set(xlabel=field, ylabel="accuracy (%)", ylim=(-3, 103), title=task)
     axes.grid(alpha=0.3)
-    axes.legend()
+    _legend(figure)
 
 
 def _heatmaps(figure: Any, summaries: list[tuple[str, dict]], task: str) -> None:
@@ -99,7 +101,7 @@ def _bars(figure: Any, results: Results, family: str) -> None:
     axes.set_xticks(range(len(tasks)), tasks, rotation=20)
     axes.set(ylabel="score (%)", ylim=(0, 105), title=f"{family}, 95 % bootstrap intervals")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    _legend(figure)
 
 
 def _perplexity(figure: Any, summaries: list[tuple[str, dict]]) -> None:
@@ -110,4 +112,9 @@ def _perplexity(figure: Any, summaries: list[tuple[str, dict]]) -> None:
     axes.set_xscale("log", base=2)
     axes.set(xlabel="position (tokens, upper end of each range)", ylabel="perplexity", title="by position")
     axes.grid(alpha=0.3)
-    axes.legend()
+    _legend(figure)
+
+
+def _legend(figure: Any) -> None:
+    """Below the axes: inside, it would hide bars and curves near 100 %."""
+    figure.legend(loc="outside lower center", ncols=3)

@@ -33,9 +33,13 @@ def _cell(summary: dict[str, Any] | None) -> str:
     if summary is None:
         return "-"
     if "perplexity" in summary:
-        return f"perplexity {summary['perplexity']:.2f} (n={summary['n']})"
+        return f"perplexity {_perplexity(summary)} (n={summary['n']})"
     low, high = 100 * summary["low"], 100 * summary["high"]
     return f"{100 * summary['score']:.1f} [{low:.1f}, {high:.1f}] (n={summary['n']})"
+
+
+def _perplexity(figures: dict[str, Any]) -> str:
+    return f"{figures['perplexity']:.2f}" if figures["perplexity"] < 1e6 else f"{figures['perplexity']:.2e}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -92,6 +96,10 @@ def _time_cell(summary: dict[str, Any] | None) -> str:
 
 def _breakdown(results: Results, task: str) -> Iterator[str]:
     summaries = [(model["label"], model["tasks"].get(task)) for model in results["models"]]
+    if any("perplexity" in summary for _, summary in summaries if summary):
+        yield f"## {task}: perplexity by position\n"
+        yield _positions(summaries) + "\n"
+        return
     fields = next((list(summary["by"]) for _, summary in summaries if summary), [])
     for field in (field for field in fields if "," not in field):
         values = sorted({row[field] for _, summary in summaries if summary for row in summary["by"][field]})
@@ -102,6 +110,19 @@ def _breakdown(results: Results, task: str) -> Iterator[str]:
         yield _aligned(rows) + "\n"
 
 
+def _positions(summaries: Sequence[tuple[str, dict[str, Any] | None]]) -> str:
+    """A row a range of positions, as far as the longest document reaches."""
+    found = [
+        {row["from"]: row for row in summary["by_position"]} if summary else {} for _, summary in summaries
+    ]
+    ranges = {first: row["to"] for rows in found for first, row in rows.items()}
+    table = [["positions", *(label for label, _ in summaries)]]
+    for first, end in sorted(ranges.items()):
+        cells = [_perplexity(rows[first]) if first in rows else "-" for rows in found]
+        table.append([f"{first:,} to {end - 1:,}", *cells])
+    return _aligned(table)
+
+
 def _value_cell(summary: dict[str, Any] | None, field: str, value: Any) -> str:
     row = next((row for row in (summary or {"by": {field: []}})["by"][field] if row[field] == value), None)
     return "-" if row is None else f"{100 * row['score']:.1f} (n={row['n']})"
@@ -110,8 +131,9 @@ def _value_cell(summary: dict[str, Any] | None, field: str, value: Any) -> str:
 def _problems(results: Results) -> Iterator[str]:
     skipped = results["skipped"]
     failed = [(model["label"], *entry) for model in results["models"] for entry in model["failed"].items()]
-    if not skipped and not failed:
+    if not skipped and not failed and not results["not_loaded"]:
         return
     yield "## Not run\n"
+    yield from (f"- {label}, no task: {reason}" for label, reason in results["not_loaded"].items())
     yield from (f"- {task}: {reason}" for task, reason in skipped.items())
     yield from (f"- {task} with {label}: {reason}" for label, task, reason in failed)

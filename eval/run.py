@@ -3,20 +3,20 @@
 import contextlib
 import functools
 import sys
-import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from . import opening, report
+from . import opening, output, report
 from .ahead import Ahead
 from .outcomes import answer_all, outside_share
 from .registry import Family, load_families, select
 from .session import Session
 from .settings import EvalArguments, Settings, read_settings
-from .store import Store, check_identity
+from .store import Store, locked
 
 Tasks = list[tuple[Family, str]]
 
@@ -30,19 +30,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"tasks=list", "--tasks=list"} & set(argv):
         _print_tasks()
         return 0
+    prepared = False
     try:
         settings, tasks, skipped, sources = prepare(argv)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    try:
-        return evaluate(settings, tasks, skipped, sources, argv)
+        with locked(settings.output):
+            prepared = True
+            return evaluate(settings, tasks, skipped, sources, argv)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 1 if prepared else 2
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _print_tasks() -> None:
@@ -62,8 +65,7 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, Tasks, dict[str, str], list[
         family.check(settings)
     opening.check_machine(settings)
     sources = opening.find_sources(settings.models)
-    for source in sources:
-        opening.check_source(source, settings)
+    opening.check_sources(sources, settings)
     runnable, skipped = [], {}
     for family, task in chosen:
         reason = family.lacks(task, settings)
@@ -75,19 +77,7 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, Tasks, dict[str, str], list[
     if not runnable:
         raise ValueError("none of the chosen tasks can run; what each of them lacks stands above")
     identified = [(source, opening.identify(source, settings)) for source in sources]
-    for source, identity in identified:
-        check_identity(settings.output / source.label, identity)
-    make_output(settings)
-    return settings, runnable, skipped, identified
-
-
-def make_output(settings: Settings) -> None:
-    """Last of the checks. Raises ValueError for a folder that cannot be made or written to."""
-    try:
-        settings.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=settings.output).close()
-    except OSError as error:
-        raise ValueError(f"output={settings.output} cannot be written to ({error})") from None
+    return settings, runnable, skipped, output.claim(settings.output, identified)
 
 
 def _print_skipped(skipped: dict[str, str]) -> None:
@@ -110,20 +100,32 @@ def evaluate(
         "command": f"python -m eval {' '.join(argv)}",
         "seed": settings.seed,
         "skipped": skipped,
+        "not_loaded": {},
         "models": [],
     }
     for source, identity in sources:
-        results["models"].append(run_model(source, identity, settings, tasks))
+        try:
+            results["models"].append(run_model(source, identity, settings, tasks))
+        except Exception as error:  # the other models are still compared
+            if not isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError)):
+                traceback.print_exc()  # nobody foresaw it
+            results["not_loaded"][source.label] = _one_line(error)
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+        if not results["models"]:
+            continue
         plots: list[Any] = []
         if settings.plots:
             from .plots import draw
 
             plots = draw(results, settings.output / "plots")
-        # after each model: what is done is on the disk if the next one cannot be loaded
+        # after each model: what is done is on the disk if the next one is interrupted
         report.write(results, settings.output, plots)
-    print(report.table(results))
-    print(f"\n{settings.output}/report.md, results.json, plots/")
-    return 1 if any(model["failed"] for model in results["models"]) else 0
+    if results["models"]:
+        print(report.table(results))
+        written = "report.md, results.json, plots/" if settings.plots else "report.md, results.json"
+        print(f"\n{settings.output}: {written}")
+    failed = results["not_loaded"] or any(model["failed"] for model in results["models"])
+    return 1 if failed else 0
 
 
 def run_model(source: Any, identity: dict[str, Any], settings: Settings, tasks: Tasks) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class EvalArguments:
     model=FOLDER,...     folders that load_pretrained opens; causal models of transformers, in folders or as
                          OWNER/NAME of the Hub; or
                          scripted:oracle, scripted:silent, scripted:rambling, which try tasks without a model
-    tasks=NAME,...       families or single tasks (all families); tasks=list names them, and any task
+    tasks=NAME,...       families or single tasks (all but recall_twice); tasks=list names them, and any task
                          of lm-eval is lm_eval:NAME
     lengths=N,...        tokens of the prompts of niah and passkey (1K,4K,16K,64K) and ppl (4K); recall takes
                          those of 512, 1024, 2048 that are named, and all three if none is
@@ -33,7 +33,7 @@ class EvalArguments:
     corpus=DIR           ppl: folder of jsonl files (.jsonl, .jsonl.gz, .jsonl.zst)
     data=DIR             evaluation data (huggingface/eval_data)
     seed=N               of everything generated (0)
-    tokenizer=FOLDER     when the model's folder has none
+    tokenizer=FOLDER     for models whose folder has none
     device=NAME          cuda where there is one, else cpu
     dtype=NAME           bfloat16, float32, ...; bfloat16 on a GPU, as stored elsewhere
     piece=N              tokens of a prompt read at once, the state carried on (32768 for this repository's
@@ -111,6 +111,8 @@ def read_settings(argv: Sequence[str]) -> Settings:
     for name in ("limit", "piece", "batch_tokens"):
         if values[name] is not None and values[name] < 1:
             raise ValueError(f"{name}={values[name]} must be at least 1")
+    if not given.output:
+        raise ValueError("missing output=...: a folder for answers and report")
     if given.seed < 0:
         raise ValueError(f"seed={given.seed} must not be negative")
     values.update(output=Path(given.output), data=Path(given.data))

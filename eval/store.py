@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,22 +35,15 @@ class Store:
 
     def __enter__(self) -> "Store":
         (self.folder / "answers").mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ValueError(
-                f"another evaluation is writing to {self.folder}; wait, or give another output="
-            ) from None
-        write_json(self.folder / "model.json", self.identity)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.folder))
+            write_json(self.folder / "model.json", self.identity)
+            stack.callback(self._close)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        try:
-            self._close()
-        finally:
-            self._lock.close()
+        self._open.close()
 
     def _close(self) -> None:
         handle, self._handle = self._handle, None
@@ -88,29 +81,64 @@ class Store:
             self._close()
             self._task = task
             self._handle = open(self._file(task), "a", encoding="utf-8")  # noqa: SIM115 - _close does
+        size = os.fstat(self._handle.fileno()).st_size
         try:
             self._handle.write("".join(_encode(record) + "\n" for record in records))
             self._handle.flush()
             if time.monotonic() - self._synced >= SYNC_SECONDS:
                 os.fsync(self._handle.fileno())
                 self._synced = time.monotonic()
-        except OSError:  # a full disk: what is left of these lines is no other task's trouble
+        except OSError:  # a full disk: neither a torn line nor what is left of these stays behind
             handle, self._handle = self._handle, None
             with contextlib.suppress(OSError):
                 handle.close()
+            os.truncate(self._file(task), size)
             raise
 
 
-def check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Raises ValueError when the folder holds the answers of a model that is not this one."""
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Raises ValueError while another process holds the folder."""
+    with open(folder / "lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another evaluation is writing to {folder}; wait, or give another output="
+            ) from None
+        yield
+
+
+def belongs(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether the folder holds answers of this model, by whatever path it is named."""
+    return _has_answers(folder) and not _different(_kept_identity(folder), identity)
+
+
+def _has_answers(folder: Path) -> bool:
+    return any(file.stat().st_size for file in (folder / "answers").glob("*.jsonl"))
+
+
+def _different(kept: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    return [name for name in identity if name != "path" and kept.get(name) != identity[name]]
+
+
+def _kept_identity(folder: Path) -> dict[str, Any]:
     file = folder / "model.json"
-    if not file.exists():
-        return
     try:
-        kept = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, FileNotFoundError):
         raise ValueError(f"{file} is damaged; give another output=, or remove {folder}") from None
-    different = [name for name in identity if name != "path" and kept.get(name) != identity[name]]
+
+
+def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Raises ValueError when the folder holds the answers of a model that is not this one.
+
+    One without answers belongs to nobody: its model could not be loaded, and may have been repaired.
+    """
+    if not _has_answers(folder):
+        return
+    kept = _kept_identity(folder)
+    different = _different(kept, identity)
     if different:
         raise ValueError(
             f"{folder} holds the answers of another model ({kept.get('path')}; different: "

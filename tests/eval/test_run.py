@@ -12,11 +12,18 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
+from eval.model import EvalModel
 from eval.registry import select
 from eval.run import main
 from eval.scripted import Oracle
+from eval.store import Store, locked
 
 FAST = ["plots=false", "limit=2", "lengths=512"]
+TOKENIZER = shutil.ignore_patterns("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt")
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -38,6 +45,7 @@ FAST = ["plots=false", "limit=2", "lengths=512"]
         ("model=scripted:parrot", "oracle, silent, rambling"),
         ("corpus=nowhere", "does not exist"),
         ("device=abacus", "cannot be used"),
+        ("device=meta", "shapes alone"),
         ("dtype=int8", "expected bfloat16"),
         ("tokenizer=nowhere", "the tokenizer in nowhere cannot be opened"),
     ],
@@ -108,9 +116,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
 
 
 def test_a_damaged_record_of_the_model_is_named(tmp_path: Path, capsys: Any) -> None:
+    command = ["model=scripted:oracle", "tasks=mqar", f"output={tmp_path}", *FAST]
     (tmp_path / "scripted_oracle").mkdir()
     (tmp_path / "scripted_oracle" / "model.json").write_text("{")
-    assert main(["model=scripted:oracle", "tasks=mqar", f"output={tmp_path}"]) == 2
+    assert main(command) == 0  # there was nothing that could be another model's
+    (tmp_path / "scripted_oracle" / "model.json").write_text("{")
+    assert main(command) == 2
     assert "model.json is damaged" in capsys.readouterr().err
 
 
@@ -180,9 +191,28 @@ def test_the_tokenizer_of_another_model_is_refused(
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens([f"word{i}" for i in range(50)])
     larger.save_pretrained(tmp_path / "tokenizer")
-    command = [f"model={tiny_folders['gla']}", f"tokenizer={tmp_path / 'tokenizer'}", "tasks=mqar"]
+    bare = shutil.copytree(tiny_folders["gla"], tmp_path / "bare", ignore=TOKENIZER)
+    command = [f"model={bare}", f"tokenizer={tmp_path / 'tokenizer'}", "tasks=mqar"]
     assert main([*command, f"output={tmp_path / 'out'}"]) == 1
     assert "307 tokens and the model knows 257" in capsys.readouterr().err
+
+
+def test_a_tokenizer_is_given_to_models_without_one_alone(
+    tmp_path: Path, tokenizer: Any, tiny_folders: Any, capsys: Any
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "words")
+    (tmp_path / "words" / "special_tokens_map.json").write_text("{}")  # other bytes than the model's own
+    bare = shutil.copytree(tiny_folders["mamba2"], tmp_path / "bare", ignore=TOKENIZER)
+    gla = str(tiny_folders["gla"])
+    command = [f"tokenizer={tmp_path / 'words'}", "tasks=mqar", "pairs=2", *FAST]
+    assert main([f"model={gla},{bare}", *command, f"output={tmp_path / 'both'}"]) == 0
+    assert main([f"model={gla}", *command[1:], f"output={tmp_path / 'own'}"]) == 0
+    (own,) = results_of(tmp_path / "own")["models"]
+    with_own, without = results_of(tmp_path / "both")["models"]
+    assert with_own["identity"] == own["identity"]
+    assert without["identity"]["tokenizer"] != own["identity"]["tokenizer"]
+    assert main([f"model={gla}", *command, f"output={tmp_path / 'unused'}"]) == 2
+    assert "each model has its own in its folder" in capsys.readouterr().err
 
 
 def test_a_model_of_the_hub_is_fetched_or_refused(
@@ -285,6 +315,85 @@ def test_the_output_of_another_model_is_refused(tmp_path: Path, tiny_folders: An
     assert (tmp_path / "o" / "results.json").read_bytes() == kept
 
 
+def test_a_report_is_not_written_over_by_one_of_other_models(
+    tmp_path: Path, tiny_folders: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    first = shutil.copytree(tiny_folders["gla"], tmp_path / "a" / "ckpt")
+    second = shutil.copytree(tiny_folders["mamba2"], tmp_path / "b" / "ckpt")
+    rest = ["tasks=mqar", "pairs=2", f"output={tmp_path / 'out'}", *FAST]
+    assert main([f"model={first}", *rest]) == 0
+    kept = (tmp_path / "out" / "results.json").read_bytes()
+    assert main([f"model={second}", *rest]) == 2
+    assert f"model={first},{second}" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.json").read_bytes() == kept
+    asked: list[str] = []
+    answer = EvalModel.answer
+    monkeypatch.setattr(
+        EvalModel, "answer", lambda self, items: asked.extend(i.key for i in items) or answer(self, items)
+    )
+    assert main([f"model={first},{second}", *rest]) == 0
+    # the first keeps its label, and what it has answered
+    assert [model["label"] for model in results_of(tmp_path / "out")["models"]] == ["ckpt", "b_ckpt"]
+    assert len(asked) == results_of(tmp_path / "out")["models"][1]["tasks"]["mqar"]["n"]
+
+
+def test_a_model_that_cannot_be_loaded_is_left_out_and_may_be_repaired(
+    tmp_path: Path, tiny_folders: Any, capsys: Any
+) -> None:
+    damaged = shutil.copytree(tiny_folders["gla"], tmp_path / "damaged")
+    with open(damaged / "model.safetensors", "r+b") as weights:
+        weights.truncate(5000)
+    command = [f"model={damaged},scripted:oracle", "tasks=mqar", f"output={tmp_path / 'out'}", *FAST]
+    assert main(command) == 1
+    told = capsys.readouterr()
+    assert "error: " in told.err
+    assert "100.0 [100.0, 100.0]" in told.out
+    results = results_of(tmp_path / "out")
+    assert [model["label"] for model in results["models"]] == ["scripted_oracle"]
+    assert list(results["not_loaded"]) == ["damaged"]
+    assert "- damaged, no task: " in (tmp_path / "out" / "report.md").read_text()
+    shutil.copy(tiny_folders["gla"] / "model.safetensors", damaged)
+    assert main(command) == 0
+    assert len(results_of(tmp_path / "out")["models"]) == 2
+
+
+def test_an_interruption_before_the_first_model_is_one(
+    tmp_path: Path, tiny_folders: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.opening.identify", interrupted)
+    assert main([f"model={tiny_folders['gla']}", "tasks=mqar", f"output={tmp_path}", *FAST]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_second_evaluation_into_the_same_folder_waits(tmp_path: Path, capsys: Any) -> None:
+    command = ["model=scripted:oracle", "tasks=mqar", f"output={tmp_path}", *FAST]
+    with locked(tmp_path):
+        assert main(command) == 2
+    assert "another evaluation is writing" in capsys.readouterr().err
+    assert main(command) == 0
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: Any) -> None:
+    identity = {"path": "x", "weights": "none"}
+    with Store(tmp_path, identity) as store:
+        store.add("mqar", [{"fingerprint": "first"}])
+
+        def torn(_: str) -> int:
+            with open(tmp_path / "answers" / "mqar.jsonl", "a") as handle:
+                handle.write('{"finger')  # as much as fitted
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as context:
+            context.setattr(store._handle, "write", torn, raising=False)
+            with pytest.raises(OSError, match="No space left"):
+                store.add("mqar", [{"fingerprint": "second"}])
+        store.add("mqar", [{"fingerprint": "third"}])
+        assert list(store.finished("mqar")) == ["first", "third"]
+
+
 def test_two_models_are_shown_side_by_side(tmp_path: Path, tiny_folders: Any, capsys: Any) -> None:
     models = f"model={tiny_folders['gla']},scripted:oracle"
     tasks = ["tasks=passkey,mqar,ppl", "lengths=512,1024", "limit=2", "pairs=2,4", "depths=0,1"]
@@ -299,11 +408,15 @@ def test_two_models_are_shown_side_by_side(tmp_path: Path, tiny_folders: Any, ca
     assert second["tasks"]["passkey"]["score"] == second["tasks"]["mqar"]["score"] == 1.0
     assert first["state_elements"] > 0
     assert [row["perplexity"] for row in second["tasks"]["ppl"]["by_position"]] == [1.0] * 5
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## ppl: perplexity by position" in report
+    assert "| 256 to 511 " in report
     plots = {file.name for file in (tmp_path / "out" / "plots").iterdir()}
     assert plots >= {"passkey_by_length.png", "passkey_depth.png", "mqar_by_pairs.png", "ppl_by_position.png"}
-    report = (tmp_path / "out" / "report.md").read_text()
     assert "## passkey by length" in report
     assert "plots/passkey_depth.png" in report
+    assert main([models, "tasks=mqar", *tasks[1:], f"output={tmp_path / 'out'}"]) == 0
+    assert not (tmp_path / "out" / "plots" / "passkey_depth.png").exists()
 
 
 def test_a_length_beyond_the_window_of_a_transformer_is_refused_before_it_is_loaded(
