@@ -1,6 +1,7 @@
 """`python -m models.generate model=FOLDER prompt=...`: continue a text with any model folder."""
 
 import math
+import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
@@ -19,6 +21,8 @@ from .families import family_of
 from .folder import TOKENIZER_FILES
 from .language_model import LanguageModel
 from .loading import load_pretrained, read_json, usable_device
+
+PROBLEMS_SHOWN = 5  # of weights that do not fit
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,11 @@ def read_prompt(arguments: GenerateArguments) -> str:
 
 
 def load_model(folder: str, dtype: str | None, device: str) -> nn.Module:
-    """A model of this repository where one of its families reads the folder, else one of transformers."""
+    """A model of this repository where one of its families reads the folder, else one of transformers.
+
+    Raises:
+        ValueError: an unknown dtype or architecture; weights that cannot be read or do not fit config.json.
+    """
     torch_dtype = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no type of torch; use bfloat16, float16, float32 or float64")
@@ -92,11 +100,44 @@ def load_model(folder: str, dtype: str | None, device: str) -> nn.Module:
     try:
         family_of(raw)
     except ValueError:  # none of ours
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype or "auto", local_files_only=True
-        )
-        return model.to(device).eval()
+        return _load_foreign(folder, torch_dtype or "auto").to(device).eval()
     return load_pretrained(folder, dtype=torch_dtype, device=device).eval()
+
+
+def _load_foreign(folder: str, dtype: torch.dtype | str) -> nn.Module:
+    """A model of transformers, all of whose weights are in the folder.
+
+    transformers fills in random weights where some are missing, and says so among its other messages alone.
+    """
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are listed with the missing ones, below
+            output_loading_info=True,
+        )
+    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        if isinstance(error, pickle.UnpicklingError):  # its message advises to run what the file holds
+            reason = "a file holds something else than weights"
+        else:
+            reason = " ".join(str(error).split()) or "a file is empty"
+        raise ValueError(
+            f"the weights of {folder} cannot be read ({reason}); cut short? Fetch or save them again"
+        ) from error
+    misshapen = [
+        f"misshapen {name}: {list(stored)}, expected {list(expected)}"
+        for name, stored, expected in sorted(found["mismatched_keys"])
+    ]
+    problems = [f"missing {name}" for name in sorted(found["missing_keys"])] + misshapen
+    if problems:
+        shown, more = problems[:PROBLEMS_SHOWN], len(problems) - PROBLEMS_SHOWN
+        listed = "\n  ".join(shown + [f"and {more} more"] * (more > 0))
+        raise ValueError(
+            f"{folder}: the weights do not fit config.json, and random ones would take their place; fetch or "
+            f"save both again:\n  {listed}"
+        )
+    return model
 
 
 def load_tokenizer(folder: str) -> Any:
