@@ -4,12 +4,18 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 DOWNLOAD = "python huggingface/download.py --only eval"
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv")
+JSON_LINES = (".jsonl", ".jsonl.gz")
+SUFFIXES = (".parquet", *JSON_LINES, ".json", ".csv")
+Problem = Callable[[dict[str, Any]], str | None]  # what is wrong with a row, if anything
+
+
+class RowError(ValueError):
+    """A row that cannot be asked about, with where it stands."""
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -42,26 +48,52 @@ def read_rows(
     if not files:
         raise ValueError(f"{folder} has no file of the split {split!r} ({', '.join(SUFFIXES)}): {DOWNLOAD}")
     for file in files:
-        for number, row in enumerate(_rows(file)):
-            problem = _problem(row, fields, lists)
-            if problem:
-                raise ValueError(
-                    f"{file} row {number}: {problem}; is this the right data set? {DOWNLOAD} brings it"
-                )
-            yield row
+        yield from checked(_rows(file), lambda row: problem_of(row, fields, lists), str(file))
 
 
-def _problem(row: dict[str, Any], fields: Sequence[str], lists: Sequence[str]) -> str | None:
+def checked(rows: Iterable[dict[str, Any]], problem: Problem, source: str) -> Iterator[dict[str, Any]]:
+    """The rows, as long as they have no problem. Raises RowError, which names source and row."""
+    for number, row in enumerate(rows):
+        if found := problem(row):
+            raise RowError(
+                f"{source} row {number}: {found}; is this the right data set? {DOWNLOAD} brings it"
+            )
+        yield row
+
+
+def check_files(
+    folder: Path, part: str | None, split: str, problem: Problem, suffixes: tuple[str, ...]
+) -> int:
+    """How many rows the files of a split have, each without a problem.
+
+    Args:
+        part: of a data set that has several, each in a folder of that name.
+        suffixes: of the files that are read.
+
+    Raises:
+        ValueError: a row with a problem, which is named, or a damaged file.
+    """
+    files = [file for file in split_files(folder, split) if file.name.endswith(suffixes)]
+    of_part = [file for file in files if part in file.relative_to(folder).parts]
+    return sum(sum(1 for _ in checked(_rows(file), problem, str(file))) for file in of_part or files)
+
+
+def problem_of(row: dict[str, Any], fields: Sequence[str], lists: Sequence[str] = ()) -> str | None:
+    """Is one of the fields missing, or something else than a text, or a list of texts if it is in `lists`?"""
     missing = [field for field in fields if row.get(field) is None]
     if missing:
-        return f"no field {', '.join(missing)} (it has {', '.join(map(str, row))})"
+        there = (str(field) for field, value in row.items() if value is not None)
+        return f"no field {', '.join(missing)} (it has {', '.join(there)})"
     for field in fields:
         # a text where a list belongs would be read letter by letter, and every answer be right
-        parts = row[field] if field in lists else [row[field]]
-        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        if not (_are_texts(row[field]) if field in lists else isinstance(row[field], str)):
             wanted = "a list of texts" if field in lists else "a text"
             return f"field {field} is not {wanted} but {str(row[field])[:60]!r}"
     return None
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:

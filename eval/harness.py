@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .datafiles import Problem
 from .harness_loading import load_task
 from .harness_requests import answers_of, items_of
 from .items import LOGLIKELIHOOD
@@ -21,7 +22,13 @@ MAIN_METRICS = ("acc_norm", "acc", "contains", "exact_match")  # the first that 
 
 
 def questions(
-    name: str, label: str, home: str | None, folder: Path | None, limit: int | None, tokenizer: Any
+    name: str,
+    label: str,
+    home: str | None,
+    folder: Path | None,
+    problem: Problem,
+    limit: int | None,
+    tokenizer: Any,
 ) -> "Documents":
     """Documents of one lm-eval task, whose results are their scores.
 
@@ -29,11 +36,12 @@ def questions(
         name: what lm-eval calls it; `label` is the name of the results.
         home: lm-eval's own folder of the task, where it is known.
         folder: read the data set from here instead of the hub.
+        problem: what keeps a row of the folder from being asked; lm-eval itself would ask about "None".
 
     Raises:
-        ValueError: lm-eval does not know the task, or its data cannot be had.
+        ValueError: lm-eval does not know the task, or its data cannot be had or has such a row.
     """
-    task = load_task(name, home, folder)
+    task = load_task(name, home, folder, problem)
     documents = _documents(task, limit)
     _write_once(task, documents)
     return Documents(task, label, documents, tokenizer)

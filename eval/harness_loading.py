@@ -9,10 +9,12 @@ import importlib.util
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from .datafiles import DOWNLOAD, JSON_LINES, Problem, RowError, check_files, checked
 
 INSTALL = 'pip install "lm_eval==0.4.13"'
 FEWSHOT_SEED = 1234  # with which lm-eval's own command draws examples
@@ -60,24 +62,26 @@ def check_name(name: str, home: str | None = None) -> None:
         raise ValueError(f"lm-eval 0.4.13 has no task {name!r}; {hint}")
 
 
-def load_task(name: str, home: str | None, folder: Path | None) -> Any:
+def load_task(name: str, home: str | None, folder: Path | None, problem: Problem) -> Any:
+    """
+    Args:
+        problem: what keeps a row of the folder, in the split that is asked about, from being asked.
+
+    Raises:
+        ValueError: no such task, no such data, or a row with a problem.
+    """
     import datasets
     from datasets.exceptions import DatasetsError
 
     _compile_templates_once()
     check_name(name, home)
-    manager = _manager(home)
-    spec: Any = name
-    if folder is not None:
-        # a group is where lm-eval takes a task of its own with one field changed
-        cache = _cache_of(folder)
-        local = {"dataset_path": str(folder), "dataset_kwargs": {"cache_dir": str(cache)}}
-        spec = {"group": "local", "task": [{"task": name, **local}]}
     # files are read in no time, and bars would come between those of another task
     (datasets.enable_progress_bars if folder is None else datasets.disable_progress_bars)()
     try:
-        with _examples_only_if_shown():
-            loaded = manager.load([spec])["tasks"]
+        with _lm_eval_changed(folder, problem):
+            loaded = _manager(home).load([name])["tasks"]
+    except RowError:
+        raise
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         cause = error.__cause__ or error  # "an error occurred while generating" says nothing by itself
         raise ValueError(
@@ -94,18 +98,55 @@ def load_task(name: str, home: str | None, folder: Path | None) -> Any:
 
 
 @contextlib.contextmanager
-def _examples_only_if_shown() -> Iterator[None]:
-    """To read a whole training split takes longer than to answer the questions."""
+def _lm_eval_changed(folder: Path | None, problem: Problem) -> Iterator[None]:
+    """Examples are read only if they are shown, and data from the folder if there is one."""
     from lm_eval.api.task import ConfigurableTask
 
     with _ONE_AT_A_TIME:
-        examples = ConfigurableTask.fewshot_docs
-
-        def only_if_shown(task: Any) -> Any:
-            return examples(task) if task.config.num_fewshot else None
-
-        with mock.patch.object(ConfigurableTask, "fewshot_docs", only_if_shown):
+        examples = _only_if_shown(ConfigurableTask.fewshot_docs)
+        download = ConfigurableTask.download
+        if folder is not None:
+            download = _from_folder(download, folder, problem)
+        with mock.patch.multiple(ConfigurableTask, fewshot_docs=examples, download=download):
             yield
+
+
+def _only_if_shown(examples: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """To read a whole training split takes longer than to answer the questions."""
+    return lambda task: examples(task) if task.config.num_fewshot else None
+
+
+def _from_folder(download: Callable[..., None], folder: Path, problem: Problem) -> Callable[..., None]:
+    """Reads what `download` would fetch, and refuses rows with a problem before lm-eval writes a prompt."""
+    cache = str(_cache_of(folder))
+
+    def read(task: Any, dataset_kwargs: dict[str, Any] | None = None) -> None:
+        split = task.config.test_split or task.config.validation_split  # as `eval_docs` chooses
+        part = task.config.dataset_name
+        task.DATASET_PATH = str(folder)
+        try:
+            download(task, {**(dataset_kwargs or {}), "cache_dir": cache})
+            check(task.dataset, part, split)
+        except Exception:
+            # which names the file and, if that is why, the row; not of CSV, where all is text
+            check_files(folder, part, split, problem, (".parquet", *JSON_LINES))
+            raise
+
+    def check(dataset: Any, part: str | None, split: str) -> None:
+        rows = dataset.get(split)
+        if not rows:
+            there = ", ".join(name for name, found in dataset.items() if found)
+            raise RowError(
+                f"{folder} has no rows in a split {split!r} (it has {there}): {DOWNLOAD} brings it"
+            )
+        # JSON as it stands: for one row of another kind `datasets` puts the others in quotes
+        if check_files(folder, part, split, problem, JSON_LINES) == len(rows):
+            return
+        source = f"{folder}{f' ({part})' if part else ''} split {split}"
+        for _ in checked(rows.to_list(), problem, source):
+            pass
+
+    return read
 
 
 def _cache_of(folder: Path) -> Path:
