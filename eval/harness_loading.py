@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -78,10 +79,15 @@ def load_task(name: str, home: str | None, folder: Path | None, problem: Problem
     # files are read in no time, and bars would come between those of another task
     (datasets.enable_progress_bars if folder is None else datasets.disable_progress_bars)()
     try:
-        with _lm_eval_changed(folder, problem):
+        with _lm_eval_changed(folder, problem), _without_retries():
             loaded = _manager(home).load([name])["tasks"]
     except RowError:
         raise
+    except ConnectionError as error:
+        raise ValueError(
+            f"lm-eval wants data for {name} that is not on this machine and cannot be fetched: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from None
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         cause = error.__cause__ or error  # "an error occurred while generating" says nothing by itself
         raise ValueError(
@@ -117,11 +123,15 @@ def _only_if_shown(examples: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _from_folder(download: Callable[..., None], folder: Path, problem: Problem) -> Callable[..., None]:
-    """Reads what `download` would fetch, and refuses rows with a problem before lm-eval writes a prompt."""
+    """Reads what `download` would fetch, and refuses rows with a problem before lm-eval writes a prompt.
+
+    A task that is written in Python names its data set there, and takes no other from a configuration.
+    """
     cache = str(_cache_of(folder))
 
     def read(task: Any, dataset_kwargs: dict[str, Any] | None = None) -> None:
-        split = task.config.test_split or task.config.validation_split  # as `eval_docs` chooses
+        # what `eval_docs` chooses; those written in Python do not say it before they have read their data
+        split = task.config.test_split or task.config.validation_split or "validation"
         part = task.config.dataset_name
         task.DATASET_PATH = str(folder)
         try:
@@ -147,6 +157,22 @@ def _from_folder(download: Callable[..., None], folder: Path, problem: Problem) 
             pass
 
     return read
+
+
+@contextlib.contextmanager
+def _without_retries() -> Iterator[None]:
+    """Without a network each attempt is two lines, and the error that follows them says the same."""
+    own = threading.get_ident()
+    logger = logging.getLogger("huggingface_hub.utils._http")
+
+    def others(record: logging.LogRecord) -> bool:
+        return record.thread != own
+
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)
 
 
 def _cache_of(folder: Path) -> Path:

@@ -76,6 +76,10 @@ def siqa(row: Row) -> str | None:
     return problem or _label(row, "label", ("1", "2", "3"), _number)
 
 
+def cloze(row: Row) -> str | None:
+    return problem_of(row, ("text", "value"))
+
+
 def anything(row: Row) -> None:
     return None
 
@@ -99,10 +103,16 @@ TASKS = {
     "arc_challenge": Source("arc_challenge", "arc", "ai2_arc", arc),
     "siqa": Source("social_iqa", "siqa", "siqa", siqa),
 }
+# asked for by lm-eval's names, and of data that is downloaded for `recall`
+UNCUT = {
+    f"{HARNESS_PREFIX}swde": Source("swde", "swde", "based-swde-v2", cloze),
+    f"{HARNESS_PREFIX}fda": Source("fda", "fda", "based-fda", cloze),
+    f"{HARNESS_PREFIX}squad_completion": Source("squad_completion", "squad_completion", "based-squad", cloze),
+}
 
 
 def source_of(task: str) -> Source:
-    return TASKS.get(task) or Source(task.removeprefix(HARNESS_PREFIX))
+    return TASKS.get(task) or UNCUT.get(task) or Source(task.removeprefix(HARNESS_PREFIX))
 
 
 def _folder(task: str, settings: Settings) -> Path | None:

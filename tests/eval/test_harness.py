@@ -1,6 +1,7 @@
 """lm-eval's requests answered by a session equal those answered by lm-eval's own model class."""
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import pytest
 from tqdm import tqdm
 
 from eval import harness, harness_loading, harness_requests
-from eval.datafiles import checked
+from eval.datafiles import DOWNLOAD, checked
 from eval.model import EvalModel
-from eval.scripted import Oracle
+from eval.scripted import SCRIPTED, Oracle
 from eval.tasks import commonsense
 
 from .conftest import COMMONSENSE
@@ -260,6 +261,59 @@ def test_ten_thousand_rows_are_checked_in_no_time(folder: str) -> None:
     began = time.process_time()
     assert len(list(checked(rows, problem, folder))) == 10_000
     assert time.process_time() - began < 1  # 0.1 s where nothing else runs
+
+
+# ----------------------------------------------------------------------------------------------------
+# tasks by lm-eval's names
+
+
+@pytest.mark.parametrize("model", ["oracle", "silent"])
+@pytest.mark.parametrize("task", commonsense.UNCUT)
+def test_lm_evals_own_recall_reads_what_is_downloaded_and_no_stray_white_space(
+    task: str, model: str, settings: Callable, tokenizer: Any, tmp_path: Path, session: Callable
+) -> None:
+    rows = [
+        {"text": " \n Ada  lives\nin Lima. Ada lives in: \n", "value": "\n Lima "},
+        {"text": "Ben lives in Oslo. Ben lives in", "value": "Oslo"},
+    ]
+    folder = tmp_path / commonsense.UNCUT[task].folder
+    folder.mkdir()
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert commonsense.lacks(task, settings(data=tmp_path)) is None
+    questions = commonsense.prepare(task, settings(data=tmp_path), tokenizer)
+    items = questions.items = list(questions.items)
+    # white space at its ends is not of the document: before lm-eval 0.4.13 it spoilt prompt and answer
+    assert [tokenizer.decode(item.tokens) for item in items] == [row["text"].strip() for row in rows]
+    assert [item.answers for item in items] == [("Lima",), ("Oslo",)]
+    records = session(SCRIPTED[model](tokenizer)).ask(task, lambda: questions)
+    assert [record["score"] for record in records] == [float(model == "oracle")] * 2
+    (folder / "validation.jsonl").write_text('{"text": "Ada lives in"}\n')
+    with pytest.raises(ValueError, match=r"/validation\.jsonl row 0: no field value"):
+        commonsense.prepare(task, settings(data=tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize("task", commonsense.UNCUT)
+def test_lm_evals_own_recall_is_skipped_without_its_data(
+    task: str, settings: Callable, tmp_path: Path
+) -> None:
+    reason = commonsense.lacks(task, settings(data=tmp_path))
+    assert reason == f"no data in {tmp_path / commonsense.UNCUT[task].folder}: {DOWNLOAD}"
+
+
+def test_data_that_cannot_be_fetched_is_an_error_of_one_line(monkeypatch: Any, caplog: Any) -> None:
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        logger.warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"^lm-eval wants data for piqa .* Couldn't reach 'baber/piqa'"):
+        harness_loading.load_task("piqa", "piqa", None, commonsense.anything)
+    assert "Retrying" not in caplog.text
+    logger.warning("Retrying for somebody else")
+    assert "Retrying for somebody else" in caplog.text
 
 
 def test_rows_of_an_earlier_state_of_a_folder_are_not_used(
