@@ -97,7 +97,13 @@ def _documents(task: str, length: int, count: int, seed: int, tokenizer: Any, da
 
     def generate_samples(haystack: Any, **options: Any) -> list[dict]:
         options.update(num_samples=count, TOKENIZER=tokenizer, tokens_to_generate=NEW_TOKENS + BEGINNING)
-        return original(haystack, **options)
+        try:
+            return original(haystack, **options)
+        except ValueError as error:
+            if "Could not generate any sample" not in str(error):
+                raise
+            # which says so, and names an argument of its own to raise
+            raise ValueError(_too_few(task, length, count, 0)) from None
 
     with (
         mock.patch.object(module, "generate_samples", generate_samples),
@@ -124,9 +130,16 @@ def _silent_bar() -> Any:
     return silent
 
 
+def _too_few(task: str, length: int, count: int, made: int) -> str:
+    return (
+        f"{task} at {length} tokens: only {made} of {count} samples fit that length, of which "
+        f"{NEW_TOKENS + BEGINNING} tokens are kept for the answer; choose longer lengths="
+    )
+
+
 def _check(task: str, length: int, count: int, rows: list[dict]) -> None:
     if len(rows) != count:
-        raise ValueError(f"{task} at {length} tokens: only {len(rows)} of {count} samples fit that length")
+        raise ValueError(_too_few(task, length, count, len(rows)))
     for row in rows:
         # RULER's steps are hundreds of tokens wide, which is much of a short text and little of a long one
         if length >= 16384 and row["length"] < 0.9 * length:

@@ -272,10 +272,19 @@ def test_ruler_at_64k_stays_within_its_length_with_the_beginning_of_the_answer(
 
 
 def test_ruler_documents_that_are_missing_or_short_are_an_error() -> None:
-    with pytest.raises(ValueError, match="only 1 of 2 samples fit"):
+    with pytest.raises(ValueError, match=r"only 1 of 2 samples fit .* choose longer lengths="):
         ruler._check("niah_single_1", 65536, 2, [{"length": 65000}])
     with pytest.raises(ValueError, match="makes 9000 tokens, 65536 were asked for"):
         ruler._check("niah_single_2", 65536, 1, [{"length": 9000}])
+
+
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_2", "niah_multikey_3"])
+def test_a_length_without_room_for_a_ruler_sample_is_an_error_in_our_words(
+    task: str, settings: Callable[..., Settings], tokenizer: Any
+) -> None:
+    with pytest.raises(ValueError, match=r"only 0 of 2 samples fit .* choose longer lengths=") as error:
+        items_of(task, settings(lengths="256", limit=2), tokenizer)
+    assert "max_seq_length" not in str(error.value)
 
 
 def test_ruler_answers_score_as_in_lm_eval() -> None:
