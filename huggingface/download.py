@@ -1,8 +1,9 @@
 """`python huggingface/download.py [--only NAME,...]`: starting points, corpus, evaluation data.
 
-Sizes are shown before anything is fetched, and interrupted downloads go on. The first download of a
-repository writes its commit into download.lock.json, and later ones fetch that commit (`--update` asks for
-the newest): keep the file under version control to have the same bytes everywhere.
+Sizes are shown first. What arrived is kept, of a file in progress too: after an interruption the same command
+asks for the rest. The first download of a repository takes its newest commit and pins it in
+download.lock.json; later ones fetch the pinned commit (`--update` the newest). No lock file is shipped: two
+machines fetch the same bytes only when one's download.lock.json is committed and the other has it.
 """
 
 import argparse
@@ -11,11 +12,20 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of a script Python knows the own folder only
+
+from huggingface.transfer import RemoteFile, fetch_files, missing_bytes
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 HERE = Path(__file__).resolve().parent
 LOCK = "download.lock.json"
 PARTIAL = ".partial"
@@ -81,20 +91,30 @@ GROUPS = ("models", "corpus", "eval")
 DEFAULT = ("models", "eval")  # the corpus is larger than most disks: it comes when it is named
 SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 ADVICE = (
-    "What had arrived is kept, and the same command goes on. HF_ENDPOINT names a mirror, HF_TOKEN opens "
-    "gated repositories; without a network, copy the folders from a machine that has one"
+    "the same command tries again and asks only for what is missing. HF_ENDPOINT names a mirror, HF_TOKEN "
+    "opens gated repositories; without a network, copy the folders from a machine that has one"
 )
+ANSWER_TIMEOUT = 30  # seconds for a repository's list of files
+GIVE_UP = 3  # failures in a row that no answer of the Hub explains
 
 
 @dataclass(frozen=True)
 class Plan:
     source: Source
     commit: str
-    files: tuple[tuple[str, int], ...]  # path in the repository, bytes
+    files: tuple[RemoteFile, ...]
 
     @property
     def size(self) -> int:
-        return sum(size for _, size in self.files)
+        return sum(file.size for file in self.files)
+
+    def folder(self, out: Path) -> Path:
+        return out / self.source.folder
+
+    def work_folder(self, out: Path) -> Path:
+        """Beside the final one, which appears when it is whole; one that is there is completed."""
+        folder = self.folder(out)
+        return folder if folder.exists() else folder.with_name(folder.name + PARTIAL)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -111,13 +131,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--only", default="", help="groups or names with commas between (default: models,eval)"
     )
     parser.add_argument(
-        "--files", type=int, help="fetch this many files of the corpus (default: all of it, over 1 TB)"
+        "--files", type=int, help="with the corpus: this many of its files (default: all, over 1 TB)"
     )
     parser.add_argument("--out", default=str(HERE), help="folder to fetch into (default: huggingface/)")
     parser.add_argument(
-        "--revision", help="branch, tag or commit instead of the locked one; with one name only"
+        "--revision", help="branch, tag or commit instead of the pinned one; with one name only"
     )
-    parser.add_argument("--update", action="store_true", help="the newest commit instead of the locked one")
+    parser.add_argument("--update", action="store_true", help="the newest commit instead of the pinned one")
     parser.add_argument("--dry_run", action="store_true", help="show sizes and fetch nothing")
     switches = {"dry_run", "update"}
     words = []
@@ -133,6 +153,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.files is not None and arguments.files < 1:
         parser.error(f"files={arguments.files} must be at least 1")
     return arguments
+
+
+def chosen_sources(arguments: argparse.Namespace) -> list[Source]:
+    """Raises ValueError for an unknown name, and for an option that fits none of what is chosen."""
+    names = [name for text in [*arguments.names, arguments.only] for name in text.split(",") if name]
+    sources = select(names)
+    if arguments.revision and len(sources) != 1:
+        raise ValueError(f"--revision is for one repository, and {len(sources)} are chosen")
+    return sources
 
 
 def select(names: Sequence[str]) -> list[Source]:
@@ -175,43 +204,46 @@ def write_lock(out: Path, lock: dict[str, str]) -> None:
     os.replace(part, out / LOCK)
 
 
-def plan(source: Source, revision: str, api: Any, corpus_files: int | None) -> Plan:
-    """Ask the Hub for the commit behind a revision and the sizes of its files.
+def plan(source: Source, revision: str, api: HfApi, corpus_files: int | None) -> Plan:
+    """Ask the Hub for the commit behind a revision, and for sizes and checksums of its files.
 
     Raises:
-        ValueError: the repository holds nothing that is needed.
+        ValueError: the repository holds nothing that is needed, or names that lead out of the folder.
     """
-    info = api.repo_info(source.repo, repo_type=source.kind, revision=revision, files_metadata=True)
-    files = sorted(
-        (entry.rfilename, entry.size or 0)
+    info = api.repo_info(
+        source.repo, repo_type=source.kind, revision=revision, files_metadata=True, timeout=ANSWER_TIMEOUT
+    )
+    needed = {
+        entry.rfilename: entry
         for entry in info.siblings
         if any(fnmatch.fnmatch(entry.rfilename, pattern) for pattern in source.files)
-    )
-    if any(name.endswith(".safetensors") for name, _ in files):
-        files = [(name, size) for name, size in files if not name.endswith(".bin")]  # the same weights twice
-    if source.group == "corpus" and corpus_files is not None:
-        files = files[:corpus_files]
-    if not files:
+    }
+    names = sorted(needed)
+    if any(name.endswith(".safetensors") for name in names):
+        names = [name for name in names if not name.endswith(".bin")]  # the same weights twice
+    if source.group == "corpus":
+        names = names[:corpus_files]
+    if not names:
         raise ValueError(f"{source.repo} at {revision} has none of the files {', '.join(source.files)}")
-    return Plan(source, info.sha, tuple(files))
+    return Plan(source, info.sha, tuple(remote_file(needed[name], source, info.sha, api) for name in names))
 
 
-def missing_bytes(entry: Plan, out: Path) -> int:
-    """What is not there yet, in the folder or in what an interruption left of it."""
-    folder = out / entry.source.folder
-    homes = (folder, folder.with_name(folder.name + PARTIAL))
-    return sum(
-        size
-        for name, size in entry.files
-        if not any((home / name).is_file() and (home / name).stat().st_size == size for home in homes)
-    )
+def remote_file(entry: Any, source: Source, commit: str, api: HfApi) -> RemoteFile:
+    name = entry.rfilename
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{source.repo} names a file that is outside of its folder: {name}")
+    if entry.size is None:
+        raise ValueError(f"{source.repo}: {api.endpoint} does not tell the size of {name}")
+    checksum = (entry.lfs and entry.lfs.sha256) or entry.blob_id or f"commit-{commit}"
+    url = hf_hub_url(source.repo, name, repo_type=source.kind, revision=commit, endpoint=api.endpoint)
+    return RemoteFile(name, entry.size, checksum, url)
 
 
 def show(plans: Sequence[Plan], out: Path) -> int:
     """Print sizes; the bytes still to be fetched."""
     total = 0
     for entry in plans:
-        missing = missing_bytes(entry, out)
+        missing = missing_bytes(entry.work_folder(out), entry.files)
         total += missing
         there = "" if missing == entry.size else f", {human(missing)} missing"
         where = f"{out / entry.source.folder} at {entry.commit[:12]}"
@@ -232,80 +264,101 @@ def human(size: float) -> str:
 # fetching
 
 
-def fetch(entry: Plan, out: Path, snapshot_download: Any) -> None:
-    """Into a folder beside the final one, which appears when complete; one that is there is completed."""
-    folder = out / entry.source.folder
-    partial = folder.with_name(folder.name + PARTIAL)
-    target = folder if folder.exists() else partial
-    target.parent.mkdir(parents=True, exist_ok=True)
-    snapshot_download(
-        entry.source.repo,
-        repo_type=entry.source.kind,
-        revision=entry.commit,
-        local_dir=target,
-        allow_patterns=[name for name, _ in entry.files],
-    )
-    absent = [name for name, _ in entry.files if not (target / name).is_file()]
-    if absent:
-        raise OSError(f"{entry.source.repo}: {len(absent)} files did not arrive, among them {absent[0]}")
-    if target is partial:
-        partial.rename(folder)
+def fetch(entry: Plan, out: Path) -> None:
+    folder, work = entry.folder(out), entry.work_folder(out)
+    fetch_files(work, entry.files)
+    if work != folder:
+        work.rename(folder)
+    else:  # one that was begun before the folder came from elsewhere
+        shutil.rmtree(folder.with_name(folder.name + PARTIAL), ignore_errors=True)
 
 
-def run(arguments: argparse.Namespace, api: Any, snapshot_download: Any) -> None:
+def try_each(
+    items: Sequence[Item],
+    action: Callable[[Item], Result],
+    name: Callable[[Item], str],
+    failures: dict[str, str],
+) -> list[Result]:
+    """Results of the items that have one; why the others have none goes to `failures`.
+
+    One repository that is gone or gated keeps no other from coming. When several in a row fail without an
+    answer of the Hub, it is the network or the disk, and the rest are not tried.
+    """
+    results, unanswered = [], 0
+    for item in items:
+        if unanswered == GIVE_UP:
+            failures[name(item)] = f"not tried after {GIVE_UP} failures in a row"
+            continue
+        try:
+            results.append(action(item))
+            unanswered = 0
+        except (OSError, HTTPError, ValueError) as error:
+            failures[name(item)] = " ".join(str(error).split())[:300] or type(error).__name__
+            unanswered = 0 if isinstance(error, (HfHubHTTPError, ValueError)) else unanswered + 1
+    return results
+
+
+def run(arguments: argparse.Namespace, api: HfApi) -> int:
+    """Exit status: 1 when something did not come."""
     out = Path(arguments.out)
-    names = [name for text in [*arguments.names, arguments.only] for name in text.split(",") if name]
-    sources = select(names)
-    if arguments.revision and len(sources) != 1:
-        raise ValueError(f"--revision is for one repository, and {len(sources)} are chosen")
+    sources = chosen_sources(arguments)
     lock = read_lock(out)
-    plans = []
-    for source in sources:
-        locked = None if arguments.update else lock.get(source.repo)
-        revision = arguments.revision or locked or source.revision
-        plans.append(plan(source, revision, api, arguments.files))
+    failures: dict[str, str] = {}
+
+    def ask(source: Source) -> Plan:
+        pinned = None if arguments.update else lock.get(source.repo)
+        return plan(source, arguments.revision or pinned or source.revision, api, arguments.files)
+
+    plans = try_each(sources, ask, lambda source: source.repo, failures)
     total = show(plans, out)
-    if arguments.dry_run:
-        return
+    if plans and not arguments.dry_run:
+        check_space(total, out)
+        fetch_all(plans, out, lock, failures)
+    if failures:
+        print(f"error: {len(failures)} of {len(sources)} repositories failed:", file=sys.stderr)
+        for repo, reason in failures.items():
+            print(f"  {repo}: {reason}", file=sys.stderr)
+        print(ADVICE, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def check_space(total: int, out: Path) -> None:
     existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if total > free:
         raise ValueError(
             f"{human(total)} do not fit: {human(free)} are free in {out}; choose with --only or --files"
         )
+
+
+def fetch_all(plans: Sequence[Plan], out: Path, lock: dict[str, str], failures: dict[str, str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for number, entry in enumerate(plans, 1):
-        print(f"[{number}/{len(plans)}] {entry.source.repo}")
-        fetch(entry, out, snapshot_download)
+
+    def fetch_one(entry: Plan) -> None:
+        print(f"[{plans.index(entry) + 1}/{len(plans)}] {entry.source.repo}", flush=True)
+        fetch(entry, out)
         lock[entry.source.repo] = entry.commit
         write_lock(out, lock)
-    print(f"done; commits are in {out / LOCK}")
+
+    came = try_each(plans, fetch_one, lambda entry: entry.source.repo, failures)
+    if came:
+        print(f"{len(came)} of {len(plans)} are complete; their commits are pinned in {out / LOCK}")
 
 
-def main(argv: Sequence[str] | None = None, api: Any = None, snapshot_download: Any = None) -> int:
-    """Exit status: 0 done, 2 bad input, 1 the Hub cannot be reached or refuses, 130 interrupted."""
+def main(argv: Sequence[str] | None = None, api: HfApi | None = None) -> int:
+    """Exit status: 0 done, 2 bad input, 1 something could not be fetched, 130 interrupted."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    import huggingface_hub
-    from huggingface_hub.errors import HTTPError
-
     try:
-        run(
-            arguments,
-            api or huggingface_hub.HfApi(),
-            snapshot_download or huggingface_hub.snapshot_download,
-        )
-    except (OSError, HTTPError) as error:
-        # first: what the Hub's client raises without a network is a ValueError as well
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        print(f"error: the download stopped ({reason}). {ADVICE}", file=sys.stderr)
+        return run(arguments, api or HfApi())
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("\ninterrupted; what arrived is kept, and the same command goes on", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":
