@@ -152,6 +152,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     if arguments.files is not None and arguments.files < 1:
         parser.error(f"files={arguments.files} must be at least 1")
+    if arguments.update and arguments.revision:
+        parser.error("--update asks for the newest commit, --revision for another; give one of them")
     return arguments
 
 
@@ -161,6 +163,8 @@ def chosen_sources(arguments: argparse.Namespace) -> list[Source]:
     sources = select(names)
     if arguments.revision and len(sources) != 1:
         raise ValueError(f"--revision is for one repository, and {len(sources)} are chosen")
+    if arguments.files is not None and all(source.group != "corpus" for source in sources):
+        raise ValueError("--files is for the corpus, which is not among what is chosen; add --only corpus")
     return sources
 
 
