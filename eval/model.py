@@ -1,7 +1,8 @@
 """A model behind four questions: generate, log likelihood, next tokens at positions, losses.
 
 Prompts are read in pieces with the carried state, so that memory does not grow with their length (linear
-RNNs), and in left-padded batches. Models of transformers answer the same questions through their own caches.
+RNNs), and in left-padded batches. Models of transformers answer the same questions through their own caches,
+as far as a trial finds them right (`foreign.py`).
 """
 
 import inspect
@@ -18,6 +19,7 @@ from models.decoding import GraphedDecoder
 from models.language_model import LanguageModel
 from models.report import state_report
 
+from .foreign import Ways, try_out
 from .items import GENERATE, LOGLIKELIHOOD, LOSSES, PREDICT, Item
 from .scoring import cut_at, position_buckets
 
@@ -78,16 +80,19 @@ class EvalModel:
         takes = inspect.signature(model.forward).parameters
         self.positions = "position_ids" in takes
         self.keeps_logits = "logits_to_keep" in takes
-        # a cache that other libraries' recurrent models fill in their own way cannot be read into in pieces
-        self.carries = self.recurrent or (
-            "past_key_values" in takes and not getattr(model, "_is_stateful", False)
-        )
         end = getattr(model.generation_config, "eos_token_id", None)
         end = tokenizer.eos_token_id if end is None else end
         self.end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
+        self.ways = Ways()
+        if not self.recurrent:
+            # some models of transformers fill a cache that only their own `generate` can go on from
+            cached = "past_key_values" in takes and not getattr(model, "_is_stateful", False)
+            self.ways = try_out(self, cached)
 
     def rows(self, kind: str) -> int:
         """How many items a batch may have; options are short, and few of them would leave a GPU idle."""
+        if not self.ways.pads:
+            return 1
         return self.option_rows if kind == LOGLIKELIHOOD else ROWS
 
     def longest(self) -> int | None:
@@ -118,11 +123,15 @@ class EvalModel:
             PREDICT: self._predict,
             LOSSES: self._losses,
         }[items[0].kind]
+        if len(items) > self.rows(items[0].kind) == 1:
+            return [answer for item in items for answer in self.answer([item])]
         try:
             with torch.inference_mode():
                 return ask(items)
-        except torch.OutOfMemoryError:
-            pass  # leave the block first: the exception holds on to the tensors that did not fit
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            # leave the block first: the exception holds on to the tensors that did not fit
         if self.decoder is not None:
             self.decoder.close()
         torch.cuda.empty_cache()
@@ -132,7 +141,7 @@ class EvalModel:
                 # the next ones fit at once; but a few long ones say nothing of many short ones
                 self.option_rows = min(self.option_rows, max(middle, ROWS))
             return self.answer(items[:middle]) + self.answer(items[middle:])
-        if not self.carries or self.piece <= SMALLEST_PIECE:
+        if not self.ways.carries or self.piece <= SMALLEST_PIECE:
             raise MemoryError(
                 f"{items[0].task}: {items[0].size} tokens do not fit the memory of {self.device}"
             )
@@ -160,7 +169,7 @@ class EvalModel:
         """
         n = ids.shape[1]
         extra: dict[str, Any] = {"logits_to_keep": keep} if self.keeps_logits else {}
-        if self.carries:
+        if self.ways.carries:
             extra.update(past_key_values=cache, use_cache=True)
         if mask is not None:
             if self.positions and not self.recurrent:
@@ -168,7 +177,7 @@ class EvalModel:
             extra["attention_mask"] = mask[:, -n:] if self.recurrent else mask
         output = self.model(input_ids=ids, **extra)
         logits = output.logits[:, -keep:] if keep else output.logits
-        return logits, output.past_key_values if self.carries else None
+        return logits, output.past_key_values if self.ways.carries else None
 
     def _mask(self, mask: Tensor, padded: int, start: int, end: int) -> Tensor | None:
         """What `_forward` wants of the mask for the tokens [start, end); padding ends at `padded`."""
@@ -191,7 +200,7 @@ class EvalModel:
         ids, mask, padded = self._pad([item.tokens for item in items])
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         piece = max(min(self.piece, LOGIT_ELEMENTS // (len(items) * vocabulary)), 16)
-        cache, step = None, piece if self.carries else ids.shape[1]
+        cache, step = None, piece if self.ways.carries else ids.shape[1]
         for start in range(0, ids.shape[1], step):
             end = min(start + step, ids.shape[1])
             logits, cache = self._forward(ids[:, start:end], self._mask(mask, padded, start, end), cache, 0)
@@ -202,38 +211,57 @@ class EvalModel:
     # the four questions
 
     def _generate(self, items: Sequence[Item]) -> list[str]:
+        prompts = [item.tokens for item in items]
         new_tokens = max(item.max_new_tokens for item in items)
-        if not self.carries:
-            return self._generate_whole(items, new_tokens)
-        logits, cache, mask, padded = self._read([item.tokens for item in items])
-        _check_numbers(items, logits)
+        if not self.ways.carries and self.ways.generates:
+            new = self._generate_whole(prompts, new_tokens)[:, max(map(len, prompts)) :]
+            return [self._text(item, row)[0] for item, row in zip(items, new.tolist())]
+        produced: list[Tensor] = []
+        for logits, token in self._steps(prompts) if self.ways.carries else self._steps_anew(prompts):
+            if not produced:
+                _check_numbers(items, logits)
+            produced.append(token)
+            look = len(produced) % LOOK_EVERY == 0
+            if len(produced) == new_tokens or (look and self._all_done(items, torch.cat(produced, 1))):
+                break
+        rows = torch.cat(produced, 1).tolist()
+        return [self._text(item, row)[0] for item, row in zip(items, rows)]
+
+    def _steps(self, prompts: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits [B, 1, V] and the likeliest token [B, 1] after the prompts, after that token, and on."""
+        logits, cache, mask, padded = self._read(prompts)
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        yield logits, token
         if self.decoder is not None:
             cache = self.decoder.start(cache)
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        produced = [token]
-        while len(produced) < new_tokens:
-            if len(produced) % LOOK_EVERY == 0 and self._all_done(items, torch.cat(produced, 1)):
-                break
+        while True:
             if padded and not self.recurrent:
                 mask = F.pad(mask, (0, 1), value=1)
             step_mask = mask if padded and not self.recurrent else None
             logits, cache = self._forward(token, step_mask, cache, 1)
             token = logits[:, -1].argmax(-1, keepdim=True)
-            produced.append(token)
-        rows = torch.cat(produced, 1).tolist()
-        return [self._text(item, row)[0] for item, row in zip(items, rows)]
+            yield logits, token
 
-    def _generate_whole(self, items: Sequence[Item], new_tokens: int) -> list[str]:
-        ids, mask, _ = self._pad([item.tokens for item in items])
-        output = self.model.generate(
+    def _steps_anew(self, prompts: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `_steps`, for models whose state cannot be relied on: all is read anew for every token."""
+        ids, mask, padded = self._pad(prompts)
+        while True:
+            logits, _ = self._forward(ids, mask if padded else None, None, 1)
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            yield logits, token
+            ids, mask = torch.cat([ids, token], 1), F.pad(mask, (0, 1), value=1)
+
+    def _generate_whole(self, prompts: Sequence[np.ndarray], new_tokens: int, **how: Any) -> Any:
+        """What the model's own `generate` answers: [B, T + n], or as `how` asks for."""
+        ids, mask, _ = self._pad(prompts)
+        return self.model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=self.end_ids[0] if self.end_ids else 0,
+            **how,
         )
-        rows = output[:, ids.shape[1] :].tolist()
-        return [self._text(item, row)[0] for item, row in zip(items, rows)]
 
     def _all_done(self, items: Sequence[Item], produced: Tensor) -> bool:
         return all(self._text(item, row)[1] for item, row in zip(items, produced.tolist()))
@@ -249,7 +277,7 @@ class EvalModel:
         return cut, bool(ends) or len(row) == item.max_new_tokens or len(cut) < len(text)
 
     def _loglikelihood(self, items: Sequence[Item]) -> list[tuple[float, bool]]:
-        scores = self._score_options(items) if self.carries else self._score_whole(items)
+        scores = (_score(logits, targets) for logits, targets in self._option_logits(items))
         likelihoods, greedy = zip(*scores)
         sums = torch.stack(likelihoods).sum(0).tolist()  # the first look at anything: one wait for the GPU
         for item, total in zip(items, sums):
@@ -257,7 +285,11 @@ class EvalModel:
                 raise ValueError(NOT_NUMBERS.format(item=item))
         return list(zip(sums, torch.stack(greedy).all(0).tolist()))
 
-    def _score_options(self, items: Sequence[Item]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _option_logits(self, items: Sequence[Item]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits [B, n, V] and the tokens [B, n] that they are to foretell, UNSCORED where there is none."""
+        return self._options_after(items) if self.ways.shares else self._options_whole(items)
+
+    def _options_after(self, items: Sequence[Item]) -> Iterator[tuple[Tensor, Tensor]]:
         """Contexts are read once each, however many options continue them, and their states handed out."""
         contexts: dict[bytes, int] = {}
         owners, prompts = [], []
@@ -273,14 +305,14 @@ class EvalModel:
             logits, mask = logits[rows], mask[rows]
             cache.batch_select_indices(rows)
         targets, given = self._options(items)
-        yield _score(logits, targets[:, :1])
+        yield logits, targets[:, :1]
         vocabulary = logits.shape[-1]
         piece = max(min(self.piece, OPTION_LOGITS // (len(items) * vocabulary)), 16)
         for start in range(0, targets.shape[1] - 1, piece):
             end = min(start + piece, targets.shape[1] - 1)
             seen = torch.cat([mask, given[:, :end]], 1)  # padding lies on both sides of what is read
             logits, cache = self._forward(targets[:, start:end].clamp(min=0), seen, cache, 0)
-            yield _score(logits, targets[:, start + 1 : end + 1])
+            yield logits, targets[:, start + 1 : end + 1]
 
     def _options(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Right-padded continuations [B, n], UNSCORED behind their end, and their mask."""
@@ -290,13 +322,13 @@ class EvalModel:
         moved = torch.from_numpy(targets).to(self.device)
         return moved, (moved != UNSCORED).long()
 
-    def _score_whole(self, items: Sequence[Item]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _options_whole(self, items: Sequence[Item]) -> Iterator[tuple[Tensor, Tensor]]:
         ids, mask, padded = self._pad([item.tokens for item in items])
         longest = max(item.continuation for item in items)
         logits, _ = self._forward(ids, mask if padded else None, None, longest + 1)
         scored = torch.as_tensor([item.continuation for item in items], device=self.device)
         place = torch.arange(longest, 0, -1, device=self.device)  # counted from the end
-        yield _score(logits[:, :-1], ids[:, -longest:].masked_fill(place > scored[:, None], UNSCORED))
+        yield logits[:, :-1], ids[:, -longest:].masked_fill(place > scored[:, None], UNSCORED)
 
     def _predict(self, items: Sequence[Item]) -> list[list[int]]:
         answers: list[dict[int, int]] = [{} for _ in items]
@@ -326,6 +358,11 @@ def longest_prompt(window: int | None, tokenizer: Any, allow_long: bool) -> int 
     if named is None or named >= 10**9 or allow_long:  # transformers writes 10**30 for "not known"
         named = None
     return min((limit for limit in (window, named) if limit), default=None)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Is it torch's word for too little memory? On a CPU that is no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
