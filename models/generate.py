@@ -39,7 +39,7 @@ class GenerateArguments:
     seed=N             of the sampling (0)
     device=NAME        cuda where there is one, else cpu
     dtype=NAME         bfloat16, float32, ...; as stored when left out
-    tokenizer=FOLDER   when the model's folder has none
+    tokenizer=FOLDER   instead of the one in the model's folder
     piece=N            tokens of the prompt read at once (4096): memory does not grow with the prompt
     """
 
