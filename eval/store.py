@@ -92,7 +92,8 @@ class Store:
             handle, self._handle = self._handle, None
             with contextlib.suppress(OSError):
                 handle.close()
-            os.truncate(self._file(task), size)
+            with contextlib.suppress(OSError):
+                os.truncate(self._file(task), size)
             raise
 
 

@@ -263,14 +263,23 @@ def test_a_trial_finds_the_best_way_and_leaves_the_weights_as_they_were(
         assert torch.equal(tensor, before[key]), key
 
 
-@pytest.mark.parametrize("room", [2**40, 0])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("room", [None, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_llama_of_any_precision_stays_batched_and_in_pieces(
-    llama: Any, tokenizer: Any, monkeypatch: Any, capsys: Any, dtype: torch.dtype, room: int
+    llama: Any,
+    tokenizer: Any,
+    monkeypatch: Any,
+    capsys: Any,
+    dtype: torch.dtype,
+    room: int | None,
+    device: str,
 ) -> None:
-    monkeypatch.setattr("eval.foreign._free_memory", lambda device: room)  # none for weights in fp32
-    evaluated = EvalModel(copy.deepcopy(llama).to(dtype), tokenizer)
+    if room is not None:
+        monkeypatch.setattr("eval.foreign._free_memory", lambda device: room)  # none for weights in fp32
+    evaluated = EvalModel(copy.deepcopy(llama).to(device, dtype), tokenizer)
     assert evaluated.ways == Ways()
+    assert all(parameter.dtype == dtype for parameter in evaluated.model.parameters())
     assert evaluated.rows("generate") > 1
     assert capsys.readouterr().err == ""
 
