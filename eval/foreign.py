@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.loading import out_of_memory
+
 from .items import LOGLIKELIHOOD, LOSSES, Item, as_tokens
 
 if TYPE_CHECKING:
@@ -79,9 +81,11 @@ def try_out(model: "EvalModel", cached: bool) -> Ways:
     choices = [ways for ways in CHOICES if cached or not ways.carries]
     kept = model.piece, model.ways
     model.piece = PIECE
+    crashes: list[str] = []
     try:
-        found = _first_right(model, choices)
+        found = _first_right(model, choices, crashes)
         reason = "asked otherwise, it answers differently from one plain pass over one prompt"
+        reason += "".join(f", or ends in {crash}" for crash in crashes[:1])
     except Exception as error:  # of whatever kind: the code is another library's
         found, reason = choices[-1], f"a trial failed ({' '.join(str(error).split())[:200]})"
     finally:
@@ -93,20 +97,21 @@ def try_out(model: "EvalModel", cached: bool) -> Ways:
     return found
 
 
-def _first_right(model: "EvalModel", choices: Sequence[Ways]) -> Ways:
+def _first_right(model: "EvalModel", choices: Sequence[Ways], crashes: list[str]) -> Ways:
     """In full precision, where rounding hides no mistake; as it is where that cannot be had."""
     try:
         with _full_precision(model.model, model.device):
-            return _search(model, choices, FULL_TOLERANCE)
+            return _search(model, choices, FULL_TOLERANCE, crashes)
     except Exception:
         if model.model.dtype not in HALF:
             raise
-    return _search(model, choices, HALF_TOLERANCE)
+    crashes.clear()
+    return _search(model, choices, HALF_TOLERANCE, crashes)
 
 
 @torch.inference_mode()
-def _search(model: "EvalModel", choices: Sequence[Ways], tolerance: float) -> Ways:
-    trial = Trial(model)
+def _search(model: "EvalModel", choices: Sequence[Ways], tolerance: float, crashes: list[str]) -> Ways:
+    trial = Trial(model, crashes)
     for model.ways in choices[:-1]:
         if trial.passed(tolerance):
             return model.ways
@@ -126,7 +131,8 @@ def _full_precision(model: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         for tensor, _ in halves:
             tensor.data = tensor.data.float()
-        yield
+        with torch.backends.cudnn.flags(allow_tf32=False):  # convolutions would be as rough as half precision
+            yield
     finally:
         for tensor, dtype in halves:
             tensor.data = tensor.data.to(dtype)
@@ -144,12 +150,16 @@ def _free_memory(device: torch.device) -> int:
 class Trial:
     """Two random prompts, and how a model's logits for them differ from those of plain passes.
 
+    Args:
+        crashes: gets what ways of asking ended in.
+
     Raises:
         ValueError: the plain logits are no numbers.
     """
 
-    def __init__(self, model: "EvalModel") -> None:
+    def __init__(self, model: "EvalModel", crashes: list[str]) -> None:
         self.model = model
+        self.crashes = crashes
         # none of the tokens that mark the place of an image or the like
         known = np.setdiff1d(np.arange(len(model.tokenizer)), list(model.tokenizer.added_tokens_decoder))
         longest = min(LENGTH, (model.longest() or LENGTH + STEPS) - STEPS)
@@ -186,7 +196,10 @@ class Trial:
                 found = torch.where(found == -torch.inf, expected, found)  # `generate` rules out an early end
                 spread = expected.std(-1, keepdim=True)
                 squares.append(((found - expected) / spread).square().mean(-1))
-        except Exception:  # what crashes is no way to ask, whatever the reason
+        except Exception as error:  # what crashes is no way to ask, whatever the reason
+            if out_of_memory(error):
+                raise MemoryError("too little memory") from None  # which says nothing of the model
+            self.crashes.append(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
             return float("nan")
         return float(torch.cat(squares).mean().sqrt())
 
@@ -217,8 +230,7 @@ class Trial:
         """The logits from which new tokens are chosen."""
         ways = self.model.ways
         if not ways.carries and ways.generates:
-            how = {"min_new_tokens": STEPS, "output_scores": True, "return_dict_in_generate": True}
-            output = self.model._generate_whole(prompts, STEPS, **how)
+            output = self.model._generate_whole(prompts, STEPS, min_new_tokens=STEPS, output_scores=True)
             logits, new = torch.stack(output.scores, 1), output.sequences[:, -STEPS:]
         else:
             steps = self.model._steps(prompts) if ways.carries else self.model._steps_anew(prompts)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.decoding import GraphedDecoder
 from models.language_model import LanguageModel
+from models.loading import out_of_memory
 from models.report import state_report
 
 from .foreign import Ways, try_out
@@ -129,7 +130,7 @@ class EvalModel:
             with torch.inference_mode():
                 return ask(items)
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             # leave the block first: the exception holds on to the tensors that did not fit
         if self.decoder is not None:
@@ -214,7 +215,9 @@ class EvalModel:
         prompts = [item.tokens for item in items]
         new_tokens = max(item.max_new_tokens for item in items)
         if not self.ways.carries and self.ways.generates:
-            new = self._generate_whole(prompts, new_tokens)[:, max(map(len, prompts)) :]
+            output = self._generate_whole(prompts, new_tokens, output_logits=True)
+            _check_numbers(items, output.logits[0][:, None])
+            new = output.sequences[:, max(map(len, prompts)) :]
             return [self._text(item, row)[0] for item, row in zip(items, new.tolist())]
         produced: list[Tensor] = []
         for logits, token in self._steps(prompts) if self.ways.carries else self._steps_anew(prompts):
@@ -252,7 +255,7 @@ class EvalModel:
             ids, mask = torch.cat([ids, token], 1), F.pad(mask, (0, 1), value=1)
 
     def _generate_whole(self, prompts: Sequence[np.ndarray], new_tokens: int, **how: Any) -> Any:
-        """What the model's own `generate` answers: [B, T + n], or as `how` asks for."""
+        """What the model's own `generate` answers: `sequences` [B, T + n], and what `how` asks for."""
         ids, mask, _ = self._pad(prompts)
         return self.model.generate(
             ids,
@@ -260,6 +263,7 @@ class EvalModel:
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=self.end_ids[0] if self.end_ids else 0,
+            return_dict_in_generate=True,
             **how,
         )
 
@@ -358,11 +362,6 @@ def longest_prompt(window: int | None, tokenizer: Any, allow_long: bool) -> int 
     if named is None or named >= 10**9 or allow_long:  # transformers writes 10**30 for "not known"
         named = None
     return min((limit for limit in (window, named) if limit), default=None)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Is it torch's word for too little memory? On a CPU that is no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from .settings import Settings
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
 WEIGHTS = ("*.safetensors", "*.bin")
 PREFIX = "scripted:"
+FOREIGN_FORMAT = 2  # how models of transformers are asked; until 2 some were asked wrongly (`foreign.py`)
 BYTES_PER_TOKEN = 256  # while a prompt of ever new sentences is written; measured at a million tokens
 STARTING_POINT = "for a starting point: python huggingface/download.py --only gla-1.3B-100B"
 # what decides how text becomes tokens and where an answer ends
@@ -121,10 +122,7 @@ def _check_source(source: Source, settings: Settings) -> None:
         raise ValueError(f"model={source.path} is no folder; {STARTING_POINT}")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model={source.path} is no model folder: it has no config.json")
-    try:
-        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{folder / 'config.json'} is no JSON object: not a model's, or damaged") from None
+    config = _config(folder)
     if not _weight_files(folder):
         raise ValueError(
             f"model={source.path} has no weights (no file like {' or '.join(WEIGHTS)}); an interrupted "
@@ -141,11 +139,24 @@ def _check_source(source: Source, settings: Settings) -> None:
 
 def _window(config: dict[str, Any]) -> int | None:
     """What a model of transformers was built for; the models of this repository have no window."""
+    if _is_ours(config):
+        return None
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
     try:
         family_of(config)
     except ValueError:
-        return config.get("max_position_embeddings") or config.get("n_positions")
-    return None
+        return False
+    return True
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{folder / 'config.json'} is no JSON object: not a model's, or damaged") from None
 
 
 def open_tokenizer(folder: str) -> Any:
@@ -198,10 +209,12 @@ def identify(source: Source, settings: Settings) -> dict[str, Any]:
     tokenizer = _tokenizer_folder(source, settings)
     if source.scripted is not None:
         words = _tokenizer_digest(tokenizer) if tokenizer else "bytes"
-        return {"path": source.path, "weights": "none", "config": "none", "tokenizer": words, "dtype": None}
+        named = {"path": source.path, "weights": source.path, "config": "none"}
+        return {**named, "tokenizer": words, "dtype": None}
     folder = source.folder
     return {
         "path": source.path,
+        **({} if _is_ours(_config(folder)) else {"asked": FOREIGN_FORMAT}),
         "weights": _digest(_weight_files(folder)),
         "config": _digest([folder / "config.json", folder / "generation_config.json"]),
         "tokenizer": _tokenizer_digest(tokenizer or folder),

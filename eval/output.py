@@ -48,11 +48,20 @@ def _check_report(output: Path, models: Sequence[Identified]) -> None:
 
 
 def _reported(output: Path) -> list[dict[str, Any]]:
+    models = _results(output).get("models", [])
+    return [model for model in models if {"path", "identity"} <= model.keys()]
+
+
+def plots(output: Path) -> set[str]:
+    """Names of the files that the last report there shows."""
+    return set(_results(output).get("plots", []))
+
+
+def _results(output: Path) -> dict[str, Any]:
     try:
-        models = json.loads((output / "results.json").read_text(encoding="utf-8"))["models"]
-        return [model for model in models if {"path", "identity"} <= model.keys()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # none yet, or none that could be lost
+        return dict(json.loads((output / "results.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}  # none yet, or none that could be lost
 
 
 def _with_kept_labels(output: Path, models: Sequence[Identified]) -> list[Identified]:

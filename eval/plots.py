@@ -24,8 +24,6 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figure.savefig(folder / f"{name}.png", dpi=130)
         pyplot.close(figure)
         files.append(folder / f"{name}.png")
-    for stale in set(folder.glob("*.png")) - set(files):  # of an earlier run with other tasks
-        stale.unlink()
     return files
 
 

@@ -9,9 +9,9 @@ from .store import write_json
 Results = dict[str, Any]
 
 
-def write(results: Results, folder: Path, plots: Sequence[Path]) -> None:
+def write(results: Results, folder: Path) -> None:
     write_json(folder / "results.json", results)
-    text = "\n".join(_lines(results, plots)) + "\n"
+    text = "\n".join(_lines(results)) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
 
 
@@ -48,7 +48,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
 
 
-def _lines(results: Results, plots: Sequence[Path]) -> Iterator[str]:
+def _lines(results: Results) -> Iterator[str]:
     yield "# Evaluation\n"
     yield f"`{results['command']}`\n"
     yield "Scores in per cent with 95 % bootstrap intervals over items; n counts items.\n"
@@ -60,9 +60,9 @@ def _lines(results: Results, plots: Sequence[Path]) -> Iterator[str]:
     yield _times_table(results) + "\n"
     for task in tasks_of(results):
         yield from _breakdown(results, task)
-    if plots:
+    if results["plots"]:
         yield "## Plots\n"
-        yield from (f"![{plot.stem}]({plot.parent.name}/{plot.name})" for plot in plots)
+        yield from (f"![{Path(name).stem}](plots/{name})" for name in results["plots"])
         yield ""
     yield from _problems(results)
 
@@ -131,9 +131,9 @@ def _value_cell(summary: dict[str, Any] | None, field: str, value: Any) -> str:
 def _problems(results: Results) -> Iterator[str]:
     skipped = results["skipped"]
     failed = [(model["label"], *entry) for model in results["models"] for entry in model["failed"].items()]
-    if not skipped and not failed and not results["not_loaded"]:
+    if not skipped and not failed and not results["not_finished"]:
         return
     yield "## Not run\n"
-    yield from (f"- {label}, no task: {reason}" for label, reason in results["not_loaded"].items())
+    yield from (f"- {label}: {reason}" for label, reason in results["not_finished"].items())
     yield from (f"- {task}: {reason}" for task, reason in skipped.items())
     yield from (f"- {task} with {label}: {reason}" for label, task, reason in failed)

@@ -100,31 +100,36 @@ def evaluate(
         "command": f"python -m eval {' '.join(argv)}",
         "seed": settings.seed,
         "skipped": skipped,
-        "not_loaded": {},
+        "not_finished": {},
+        "plots": [],
         "models": [],
     }
+    earlier = output.plots(settings.output)
     for source, identity in sources:
         try:
             results["models"].append(run_model(source, identity, settings, tasks))
         except Exception as error:  # the other models are still compared
+            reason = _one_line(error)
             if not isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError)):
                 traceback.print_exc()  # nobody foresaw it
-            results["not_loaded"][source.label] = _one_line(error)
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+                reason = f"{type(error).__name__}: {reason}"
+            results["not_finished"][source.label] = reason
+            print(f"error: {source.label}: {reason}", file=sys.stderr)
         if not results["models"]:
             continue
-        plots: list[Any] = []
         if settings.plots:
             from .plots import draw
 
-            plots = draw(results, settings.output / "plots")
+            results["plots"] = [file.name for file in draw(results, settings.output / "plots")]
+            for stale in earlier - set(results["plots"]):
+                (settings.output / "plots" / stale).unlink(missing_ok=True)
         # after each model: what is done is on the disk if the next one is interrupted
-        report.write(results, settings.output, plots)
+        report.write(results, settings.output)
     if results["models"]:
         print(report.table(results))
         written = "report.md, results.json, plots/" if settings.plots else "report.md, results.json"
         print(f"\n{settings.output}: {written}")
-    failed = results["not_loaded"] or any(model["failed"] for model in results["models"])
+    failed = results["not_finished"] or any(model["failed"] for model in results["models"])
     return 1 if failed else 0
 
 

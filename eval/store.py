@@ -100,7 +100,7 @@ class Store:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Raises ValueError while another process holds the folder."""
-    with open(folder / "lock", "w") as handle:
+    with open(folder / ".lock", "w") as handle:  # no model's label
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -20,7 +20,7 @@ from .draw import checked_seed
 from .families import family_of
 from .folder import TOKENIZER_FILES
 from .language_model import LanguageModel
-from .loading import load_pretrained, read_json, usable_device
+from .loading import load_pretrained, out_of_memory, read_json, usable_device
 
 PROBLEMS_SHOWN = 5  # of weights that do not fit
 
@@ -92,6 +92,7 @@ def load_model(folder: str, dtype: str | None, device: str) -> nn.Module:
 
     Raises:
         ValueError: an unknown dtype or architecture; weights that cannot be read or do not fit config.json.
+        MemoryError: a model of transformers that does not fit.
     """
     torch_dtype = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(torch_dtype, torch.dtype):
@@ -118,6 +119,8 @@ def _load_foreign(folder: str, dtype: torch.dtype | str) -> nn.Module:
             output_loading_info=True,
         )
     except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        if out_of_memory(error):
+            raise MemoryError(f"{folder} does not fit the memory ({' '.join(str(error).split())})") from error
         if isinstance(error, pickle.UnpicklingError):  # its message advises to run what the file holds
             reason = "a file holds something else than weights"
         else:

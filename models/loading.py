@@ -120,6 +120,11 @@ def usable_device(given: str | torch.device | None) -> torch.device:
     return device
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Is it torch's word for too little memory? On a CPU that is no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def _empty_model(config: LanguageModelConfig) -> LanguageModel:
     with torch.device("meta"):
         return family_of(config).model_class(config)

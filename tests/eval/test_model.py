@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.foreign import HALF_TOLERANCE, Ways
+from eval.foreign import Ways
 from eval.items import LOGLIKELIHOOD, LOSSES, PREDICT, Item, as_tokens
 from eval.model import RECURRENT_PIECE, EvalModel
 from models import load_pretrained, state_report
@@ -286,8 +286,46 @@ def test_a_llama_of_any_precision_stays_batched_and_in_pieces(
 
 def test_padding_read_as_text_is_found_in_half_precision_too(tokenizer: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("eval.foreign._free_memory", lambda device: 0)
-    assert HALF_TOLERANCE < 0.12  # the mistake of this tiny model; trained ones remember for longer
-    assert not EvalModel(foreign("Rwkv").bfloat16(), tokenizer).ways.pads
+    model = foreign("Rwkv")
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+        for block in model.rwkv.blocks:  # it forgets nothing: trained ones remember for long as well
+            block.attention.time_decay.fill_(-8.0)
+    assert not EvalModel(model.bfloat16(), tokenizer).ways.pads
+
+
+def test_no_answer_is_made_of_what_is_no_number(tokenizer: Any) -> None:
+    model = foreign("Rwkv")
+    evaluated = EvalModel(model, tokenizer)
+    assert evaluated.ways.generates
+    assert not evaluated.ways.carries
+    with torch.no_grad():
+        model.head.weight.fill_(torch.nan)  # as an overflow that only some prompts cause
+    with pytest.raises(ValueError, match="not numbers"):
+        evaluated.answer([text_item(tokenizer, TEXTS[0], max_new_tokens=2)])
+
+
+def test_a_trial_says_what_a_way_of_asking_ends_in(
+    llama: Any, tokenizer: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    def broken(self: Any, rows: Any) -> None:
+        raise TypeError("no rows here")
+
+    monkeypatch.setattr("transformers.cache_utils.DynamicCache.batch_select_indices", broken)
+    assert EvalModel(copy.deepcopy(llama), tokenizer).ways == Ways(shares=False)
+    assert "or ends in TypeError: no rows here" in capsys.readouterr().err
+
+
+def test_too_little_memory_for_a_trial_is_no_mistake_of_the_model(
+    llama: Any, tokenizer: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    def full(*_: Any) -> Any:
+        yield from ()
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr("eval.foreign.Trial.reading", full)
+    EvalModel(copy.deepcopy(llama), tokenizer)
+    assert "a trial failed (too little memory)" in capsys.readouterr().err
 
 
 def test_a_model_that_fails_its_trial_is_asked_plainly(llama: Any, tokenizer: Any, capsys: Any) -> None:

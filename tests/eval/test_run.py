@@ -95,7 +95,7 @@ def test_weights_of_transformers_that_are_cut_short_are_one_line(
     with open(tmp_path / "llama" / "model.safetensors", "r+b") as weights:
         weights.truncate(5000)
     assert main([f"model={tmp_path / 'llama'}", "tasks=mqar", f"output={tmp_path / 'out'}"]) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: the weights of ")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: llama: the weights of ")
 
 
 def test_one_model_named_twice_is_refused(tmp_path: Path, tiny_folders: Any, capsys: Any) -> None:
@@ -337,6 +337,44 @@ def test_a_report_is_not_written_over_by_one_of_other_models(
     assert len(asked) == results_of(tmp_path / "out")["models"][1]["tasks"]["mqar"]["n"]
 
 
+def test_scripted_models_are_told_apart(tmp_path: Path, capsys: Any) -> None:
+    command = ["tasks=mqar", f"output={tmp_path}", *FAST]
+    assert main(["model=scripted:oracle,scripted:silent", *command]) == 0
+    assert main(["model=scripted:oracle", *command]) == 2
+    assert "holds the evaluation of scripted:silent" in capsys.readouterr().err
+
+
+def test_what_nobody_foresaw_while_a_model_is_opened_ends_that_model_alone(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    from eval import opening
+
+    open_model = opening.open_model
+
+    def broken(source: Any, *rest: Any) -> Any:
+        if source.scripted == "silent":
+            raise KeyError("odd")
+        return open_model(source, *rest)
+
+    monkeypatch.setattr(opening, "open_model", broken)
+    command = ["model=scripted:silent,scripted:oracle", "tasks=mqar", f"output={tmp_path}", *FAST]
+    assert main(command) == 1
+    assert "error: scripted_silent: KeyError: 'odd'" in capsys.readouterr().err
+    assert [model["label"] for model in results_of(tmp_path)["models"]] == ["scripted_oracle"]
+
+
+def test_answers_that_a_model_of_transformers_gave_when_asked_in_another_way_are_not_reused(
+    tmp_path: Path, llama: Any, tokenizer: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    llama.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    command = [f"model={tmp_path / 'llama'}", "tasks=mqar", "pairs=2", f"output={tmp_path / 'out'}", *FAST]
+    assert main(command) == 0
+    monkeypatch.setattr("eval.opening.FOREIGN_FORMAT", 3)
+    assert main(command) == 2
+    assert "different: asked" in capsys.readouterr().err
+
+
 def test_a_model_that_cannot_be_loaded_is_left_out_and_may_be_repaired(
     tmp_path: Path, tiny_folders: Any, capsys: Any
 ) -> None:
@@ -346,12 +384,12 @@ def test_a_model_that_cannot_be_loaded_is_left_out_and_may_be_repaired(
     command = [f"model={damaged},scripted:oracle", "tasks=mqar", f"output={tmp_path / 'out'}", *FAST]
     assert main(command) == 1
     told = capsys.readouterr()
-    assert "error: " in told.err
+    assert "error: damaged: " in told.err
     assert "100.0 [100.0, 100.0]" in told.out
     results = results_of(tmp_path / "out")
     assert [model["label"] for model in results["models"]] == ["scripted_oracle"]
-    assert list(results["not_loaded"]) == ["damaged"]
-    assert "- damaged, no task: " in (tmp_path / "out" / "report.md").read_text()
+    assert list(results["not_finished"]) == ["damaged"]
+    assert "- damaged: " in (tmp_path / "out" / "report.md").read_text()
     shutil.copy(tiny_folders["gla"] / "model.safetensors", damaged)
     assert main(command) == 0
     assert len(results_of(tmp_path / "out")["models"]) == 2
@@ -415,8 +453,10 @@ def test_two_models_are_shown_side_by_side(tmp_path: Path, tiny_folders: Any, ca
     assert plots >= {"passkey_by_length.png", "passkey_depth.png", "mqar_by_pairs.png", "ppl_by_position.png"}
     assert "## passkey by length" in report
     assert "plots/passkey_depth.png" in report
+    (tmp_path / "out" / "plots" / "mine.png").touch()
     assert main([models, "tasks=mqar", *tasks[1:], f"output={tmp_path / 'out'}"]) == 0
     assert not (tmp_path / "out" / "plots" / "passkey_depth.png").exists()
+    assert (tmp_path / "out" / "plots" / "mine.png").exists()
 
 
 def test_a_length_beyond_the_window_of_a_transformer_is_refused_before_it_is_loaded(
