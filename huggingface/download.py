@@ -2,8 +2,9 @@
 
 Sizes are shown first. What arrived is kept, of a file in progress too: after an interruption the same command
 asks for the rest. The first download of a repository takes its newest commit and pins it in
-download.lock.json; later ones fetch the pinned commit (`--update` the newest). No lock file is shipped: two
-machines fetch the same bytes only when one's download.lock.json is committed and the other has it.
+download.lock.json; later ones fetch the pinned commit. `--update` fetches and pins the newest instead,
+`--revision` the one it names. No lock file is shipped: two machines fetch the same bytes only when one's
+download.lock.json is committed and the other has it.
 """
 
 import argparse
@@ -22,13 +23,12 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of a script Python knows the own folder only
 
-from huggingface.transfer import RemoteFile, fetch_files, missing_bytes
+from huggingface.transfer import RemoteFile, fetch_folder, missing_bytes, work_folder
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 HERE = Path(__file__).resolve().parent
 LOCK = "download.lock.json"
-PARTIAL = ".partial"
 MODEL_FILES = ("*.safetensors*", "*.bin", "*.json", "*.model", "*.txt", "LICENSE*", "README.md")
 DATA_FILES = ("*.parquet", "*.json", "*.jsonl", "*.jsonl.gz", "*.csv", "README.md")
 
@@ -111,11 +111,6 @@ class Plan:
     def folder(self, out: Path) -> Path:
         return out / self.source.folder
 
-    def work_folder(self, out: Path) -> Path:
-        """Beside the final one, which appears when it is whole; one that is there is completed."""
-        folder = self.folder(out)
-        return folder if folder.exists() else folder.with_name(folder.name + PARTIAL)
-
 
 # ----------------------------------------------------------------------------------------------------
 # arguments
@@ -135,9 +130,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", default=str(HERE), help="folder to fetch into (default: huggingface/)")
     parser.add_argument(
-        "--revision", help="branch, tag or commit instead of the pinned one; with one name only"
+        "--revision", help="fetch this branch, tag or commit and pin it instead; with one name only"
     )
-    parser.add_argument("--update", action="store_true", help="the newest commit instead of the pinned one")
+    parser.add_argument("--update", action="store_true", help="fetch the newest commit and pin it instead")
     parser.add_argument("--dry_run", action="store_true", help="show sizes and fetch nothing")
     switches = {"dry_run", "update"}
     words = []
@@ -247,10 +242,10 @@ def show(plans: Sequence[Plan], out: Path) -> int:
     """Print sizes; the bytes still to be fetched."""
     total = 0
     for entry in plans:
-        missing = missing_bytes(entry.work_folder(out), entry.files)
+        missing = missing_bytes(work_folder(entry.folder(out)), entry.files)
         total += missing
         there = "" if missing == entry.size else f", {human(missing)} missing"
-        where = f"{out / entry.source.folder} at {entry.commit[:12]}"
+        where = f"{entry.folder(out)} at {entry.commit[:12]}"
         print(f"{entry.source.repo}: {len(entry.files)} files, {human(entry.size)}{there} -> {where}")
     print(f"to fetch: {human(total)}")
     return total
@@ -266,15 +261,6 @@ def human(size: float) -> str:
 
 # ----------------------------------------------------------------------------------------------------
 # fetching
-
-
-def fetch(entry: Plan, out: Path) -> None:
-    folder, work = entry.folder(out), entry.work_folder(out)
-    fetch_files(work, entry.files)
-    if work != folder:
-        work.rename(folder)
-    else:  # one that was begun before the folder came from elsewhere
-        shutil.rmtree(folder.with_name(folder.name + PARTIAL), ignore_errors=True)
 
 
 def try_each(
@@ -340,7 +326,7 @@ def fetch_all(plans: Sequence[Plan], out: Path, lock: dict[str, str], failures: 
 
     def fetch_one(entry: Plan) -> None:
         print(f"[{plans.index(entry) + 1}/{len(plans)}] {entry.source.repo}", flush=True)
-        fetch(entry, out)
+        fetch_folder(entry.folder(out), entry.files, subset=entry.source.group == "corpus")
         lock[entry.source.repo] = entry.commit
         write_lock(out, lock)
 

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import queue
+import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,7 @@ from huggingface_hub.utils import build_hf_headers, http_stream_backoff
 from tqdm import tqdm
 
 RECORD = Path(".cache", "download.json")  # in a folder: which version each of its files is
+PARTIAL = ".partial"  # ends the name of a folder that is not whole
 WORKERS = 4  # files at once; one connection seldom fills the line
 ATTEMPTS = 5  # in a row of which none brought a byte
 PASSING = (408, 500, 502, 503, 504)  # answers that may be others a moment later
@@ -117,17 +119,64 @@ def is_whole(path: Path, file: RemoteFile) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------
-# several files
+# a folder
 
 
-def fetch_files(folder: Path, files: Sequence[RemoteFile]) -> None:
-    """Complete a folder, with a progress bar over its bytes.
+def work_folder(folder: Path) -> Path:
+    """Beside the final one until that is there."""
+    return folder if folder.exists() else folder.with_name(folder.name + PARTIAL)
 
-    The first error ends it. So does Ctrl-C, at once: threads that wait for the network are left behind.
+
+def fetch_folder(folder: Path, files: Sequence[RemoteFile], subset: bool) -> None:
+    """Complete a folder. What ends it early leaves no mixture of two versions under the final name.
+
+    A new folder appears when it is whole. In one that is there, files wait in parts until all of them came,
+    and are put in place while the folder has the name of a partial one.
+
+    Args:
+        subset: whether more files of the same version may follow. They are put in place as they come, and
+            other files stay; else recorded ones that are not among `files` are removed in the end.
 
     Raises:
         HTTPError, OSError: of the first file that did not come. What arrived stays.
     """
+    work, beside = work_folder(folder), folder.with_name(folder.name + PARTIAL)
+    record = read_record(work)
+    changed = any(record.get(file.name, file.checksum) != file.checksum for file in files)
+    waiting = fetch_files(work, files, at_once=work == beside or (subset and not changed))
+    dropped = set() if subset else record.keys() - {file.name for file in files}
+    if work == folder:  # what is beside was begun before the folder came from elsewhere
+        shutil.rmtree(beside, ignore_errors=True)
+        if waiting or dropped:
+            with contextlib.suppress(OSError):  # a mount point keeps its name
+                work = folder.rename(beside)
+    if waiting or dropped:
+        _exchange(work, waiting, dropped)
+    if work == beside:
+        work.rename(folder)
+
+
+def _exchange(folder: Path, waiting: Sequence[RemoteFile], dropped: Collection[str]) -> None:
+    """Meanwhile no record knows the files that change: after an interruption they are read."""
+    for name in dropped:
+        (folder / name).unlink(missing_ok=True)
+    touched = {*dropped, *(file.name for file in waiting)}
+    record = {name: checksum for name, checksum in read_record(folder).items() if name not in touched}
+    write_record(folder, record)
+    for file in waiting:
+        os.replace(_part(folder / file.name, file), folder / file.name)
+    write_record(folder, record | {file.name: file.checksum for file in waiting})
+
+
+def fetch_files(folder: Path, files: Sequence[RemoteFile], at_once: bool) -> list[RemoteFile]:
+    """Fetch what is missing, with a progress bar over all bytes; the files that wait in parts.
+
+    The first error ends it. So does Ctrl-C, at once: threads that wait for the network are left behind.
+
+    Args:
+        at_once: whether each file is put in place when it is whole.
+    """
+    waiting: list[RemoteFile] = []
     record = read_record(folder)
     known = [f for f in files if _has_size(folder / f.name, f) and record.get(f.name) == f.checksum]
     _clear(folder, known)
@@ -147,12 +196,15 @@ def fetch_files(folder: Path, files: Sequence[RemoteFile]) -> None:
                 bar.update(amount)
 
         def fetch(file: RemoteFile, stop: threading.Event) -> None:
-            if fetch_file(folder / file.name, file, file.name in record, advance, stop):
+            if fetch_file(folder / file.name, file, file.name in record, at_once, advance, stop):
                 with recording:
                     record[file.name] = file.checksum
                     write_record(folder, record)
+            else:
+                waiting.append(file)
 
         _side_by_side([file for file in files if file not in known], fetch)
+    return waiting
 
 
 def _clear(folder: Path, done: Iterable[RemoteFile]) -> None:
@@ -199,12 +251,18 @@ def _side_by_side(files: Sequence[RemoteFile], fetch: Callable[[RemoteFile, thre
 
 
 def fetch_file(
-    target: Path, file: RemoteFile, recorded: bool, advance: Callable[[int], None], stop: threading.Event
+    target: Path,
+    file: RemoteFile,
+    recorded: bool,
+    at_once: bool,
+    advance: Callable[[int], None],
+    stop: threading.Event,
 ) -> bool:
-    """Continue a file and put it in place when it is whole; False when stopped before.
+    """Continue a file until it is whole or stopped; whether it is in its place then.
 
     Args:
         recorded: whether it is known that a file in its place is another version; else that one is read.
+        at_once: whether it is put in its place; else it stays a part.
         advance: told how many bytes came, or less than nothing for those that turned out useless.
 
     Raises:
@@ -227,8 +285,9 @@ def fetch_file(
         if not is_whole(part, file):
             part.unlink()
             raise OSError(f"{file.name} came damaged (its checksum is not the Hub's) and was removed")
-        os.replace(part, target)
-        return True
+        if at_once:
+            os.replace(part, target)
+        return at_once
 
 
 def _lock(handle: BinaryIO, part: Path) -> None:

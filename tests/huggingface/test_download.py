@@ -217,10 +217,18 @@ def command(hub: Hub, out: Path, *words: str) -> tuple[int, str, str]:
     return process.returncode, told, errors
 
 
+def size_of(file: Path) -> int:
+    """0 of one that is renamed in this moment."""
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except FileNotFoundError:
+        return 0
+
+
 def wait_for_bytes(process: subprocess.Popen, out: Path, amount: int) -> None:
     """Until that many are on the disk, by whatever name."""
     for _ in range(600):
-        if sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) >= amount:
+        if sum(size_of(file) for file in out.rglob("*")) >= amount:
             return
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
@@ -262,6 +270,16 @@ def test_later_downloads_fetch_the_pinned_commit_unless_updated(hub: Hub, tmp_pa
     assert hub.asked == ["main", FIRST, "main"]
     assert download(hub, tmp_path, "gla-1.3B-100B", f"--revision={FIRST}") == 0
     assert weights.read_bytes() == old
+    assert download(hub, tmp_path, "gla-1.3B-100B") == 0
+    assert hub.asked[-1] == FIRST  # pinned by --revision
+
+
+def test_that_update_and_revision_pin_is_said(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "fetch the newest commit and pin it" in told
+    assert "fetch this branch, tag or commit and pin it" in told
 
 
 def test_nothing_that_is_there_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
@@ -314,6 +332,13 @@ def test_evaluation_data_goes_where_the_evaluation_looks(hub: Hub, tmp_path: Pat
 
 # ----------------------------------------------------------------------------------------------------
 # interruptions
+
+
+def test_a_file_that_is_renamed_while_bytes_are_counted_is_none(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "weights.part").symlink_to(tmp_path / "gone")  # listed, and nothing by the time of its stat()
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    with subprocess.Popen(["sleep", "0"]) as process:
+        wait_for_bytes(process, tmp_path, 0)
 
 
 def test_a_killed_download_asks_for_the_rest_only(hub: Hub, tmp_path: Path) -> None:
@@ -444,6 +469,126 @@ def test_two_commands_do_not_write_one_file(hub: Hub, tmp_path: Path, capsys: An
         fcntl.flock(handle, fcntl.LOCK_EX)
         assert download(hub, tmp_path, "gla-1.3B-100B") == 1
     assert "another download is writing" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------
+# another version
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a reader of the folder finds."""
+    files = [file for file in folder.rglob("*") if file.is_file() and ".cache" not in file.parts]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.suffix != ".part"}
+
+
+def shards(version: str) -> dict[str, bytes]:
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    return {"config.json": version.encode(), **{name: noise(100, version + name) for name in names}}
+
+
+@pytest.mark.parametrize("recorded", [True, False])  # a folder that was copied may come without its record
+@pytest.mark.parametrize("how", ["update=true", f"revision={'3' * 40}"])
+def test_an_interrupted_update_leaves_the_old_version_whole(
+    hub: Hub, tmp_path: Path, monkeypatch: Any, how: str, recorded: bool
+) -> None:
+    monkeypatch.setattr(transfer, "ATTEMPTS", 0)
+    monkeypatch.setattr(transfer, "WORKERS", 1)
+    old, new = shards("old"), shards("new")
+    hub.commit(MODEL, old)
+    assert download(hub, tmp_path, "gla-1.3B-100B") == 0
+    hub.commit(MODEL, new)
+    hub.breaks = [100, 40, 0]  # the first shard comes, the second breaks off
+    folder = tmp_path / "gla-1.3B-100B"
+    if not recorded:
+        (folder / transfer.RECORD).unlink()
+    assert download(hub, tmp_path, "gla-1.3B-100B", how) == 1
+    assert contents(folder) == old
+    assert download(hub, tmp_path, "gla-1.3B-100B", how) == 0
+    assert hub.ranges[-1] == ("model-00002-of-00002.safetensors", "bytes=40-")
+    assert contents(folder) == new
+    assert not parts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [folder.name]
+
+
+def test_an_abandoned_update_goes_away(hub: Hub, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(transfer, "ATTEMPTS", 0)
+    hub.commit(MODEL, shards("old"))
+    assert download(hub, tmp_path, "gla-1.3B-100B") == 0
+    hub.commit(MODEL, shards("new"))
+    hub.breaks = [40, 0, 40, 0]
+    assert download(hub, tmp_path, "gla-1.3B-100B", "update=true") == 1
+    asked = len(hub.ranges)
+    assert download(hub, tmp_path, "gla-1.3B-100B") == 0
+    assert len(hub.ranges) == asked
+    assert not parts(tmp_path)
+
+
+@pytest.mark.parametrize("ends_at", range(1, 6))
+def test_an_exchange_that_ends_midway_looks_partial_and_is_finished(
+    hub: Hub, tmp_path: Path, monkeypatch: Any, ends_at: int
+) -> None:
+    """Ended at a rename (of the record, three files, the record); then the pinned version is wanted."""
+    hub.commit(MODEL, old := shards("old"))
+    assert download(hub, tmp_path, "gla-1.3B-100B") == 0
+    hub.commit(MODEL, new := shards("new"))
+    folder = tmp_path / "gla-1.3B-100B"
+    replace, renames = os.replace, []
+
+    def ends(source: Path, target: Path) -> None:
+        renames.append(target)
+        if len(renames) == ends_at:
+            raise OSError("ended")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", ends)
+    assert download(hub, tmp_path, "gla-1.3B-100B", "update=true") == 1
+    monkeypatch.setattr(os, "replace", replace)
+    assert not folder.exists()
+    assert download(hub, tmp_path, "gla-1.3B-100B") == 0
+    assert contents(folder) == old
+    assert download(hub, tmp_path, "gla-1.3B-100B", "update=true") == 0
+    assert contents(folder) == new
+
+
+def test_a_folder_that_cannot_be_renamed_is_updated_in_its_place(
+    hub: Hub, tmp_path: Path, monkeypatch: Any
+) -> None:
+    hub.commit(MODEL, shards("old"))
+    assert download(hub, tmp_path, "gla-1.3B-100B") == 0
+    hub.commit(MODEL, shards("new"))
+
+    def busy(*_: Path) -> None:
+        raise OSError("Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)  # as of a mount point
+    assert download(hub, tmp_path, "gla-1.3B-100B", "update=true") == 0
+    assert contents(tmp_path / "gla-1.3B-100B") == shards("new")
+
+
+def test_files_that_a_version_no_longer_has_go_and_a_users_own_stay(hub: Hub, tmp_path: Path) -> None:
+    rows = noise(7)
+    hub.commit(FDA, {"data/validation-00000-of-00001-abc.jsonl": rows, "README.md": b"r"})
+    assert download(hub, tmp_path, "based-fda") == 0
+    folder = tmp_path / "eval_data" / "based-fda"
+    (folder / "data" / "own.jsonl").write_bytes(b"own")
+    hub.commit(FDA, {"data/validation-00000-of-00001.jsonl": rows, "README.md": b"r"})
+    assert download(hub, tmp_path, "based-fda", "update=true") == 0
+    newest = {"data/validation-00000-of-00001.jsonl": rows, "README.md": b"r"}
+    assert contents(folder) == newest | {"data/own.jsonl": b"own"}
+    assert set(transfer.read_record(folder)) == set(newest)
+
+
+def test_more_of_the_corpus_comes_in_its_place_and_fewer_remove_nothing(
+    hub: Hub, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(transfer, "ATTEMPTS", 0)
+    monkeypatch.setattr(transfer, "WORKERS", 1)
+    assert download(hub, tmp_path, "slimpj-chunked", "files=2") == 0
+    hub.breaks = [10, 0]
+    assert download(hub, tmp_path, "slimpj-chunked", "files=4") == 1
+    assert len(contents(tmp_path / "slimpj-chunked")) == 3
+    assert download(hub, tmp_path, "slimpj-chunked", "files=1") == 0
+    assert len(contents(tmp_path / "slimpj-chunked")) == 3
 
 
 # ----------------------------------------------------------------------------------------------------
