@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from models.families import family_of
-from models.folder import TOKENIZER_FILES
+from models.families import is_ours
+from models.folder import has_tokenizer
 from models.generate import load_model, load_tokenizer
 
 from .model import EvalModel, longest_prompt
@@ -139,17 +138,9 @@ def _check_source(source: Source, settings: Settings) -> None:
 
 def _window(config: dict[str, Any]) -> int | None:
     """What a model of transformers was built for; the models of this repository have no window."""
-    if _is_ours(config):
+    if is_ours(config):
         return None
     return config.get("max_position_embeddings") or config.get("n_positions")
-
-
-def _is_ours(config: dict[str, Any]) -> bool:
-    try:
-        family_of(config)
-    except ValueError:
-        return False
-    return True
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -214,7 +205,7 @@ def identify(source: Source, settings: Settings) -> dict[str, Any]:
     folder = source.folder
     return {
         "path": source.path,
-        **({} if _is_ours(_config(folder)) else {"asked": FOREIGN_FORMAT}),
+        **({} if is_ours(_config(folder)) else {"asked": FOREIGN_FORMAT}),
         "weights": _digest(_weight_files(folder)),
         "config": _digest([folder / "config.json", folder / "generation_config.json"]),
         "tokenizer": _tokenizer_digest(tokenizer or folder),
@@ -251,7 +242,7 @@ def _tokenizer_folder(source: Source, settings: Settings) -> Path | None:
 
 
 def _has_tokenizer(source: Source) -> bool:
-    return source.scripted is None and any((source.folder / name).is_file() for name in TOKENIZER_FILES)
+    return source.scripted is None and has_tokenizer(source.folder)
 
 
 def tokenizer_of(source: Source, settings: Settings) -> Any:
@@ -265,12 +256,8 @@ def open_model(source: Source, settings: Settings, tokenizer: Any) -> EvalModel 
         return SCRIPTED[source.scripted](tokenizer)
     device = device_of(settings)
     default = 65536 if device.startswith("cuda") else 4096
-    try:
-        model = load_model(str(source.folder), dtype_of(settings), device)
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {source.path} cannot be read ({error}); cut short?") from None
     return EvalModel(
-        model,
+        load_model(str(source.folder), dtype_of(settings), device),
         tokenizer,
         piece=settings.piece,
         batch_tokens=settings.batch_tokens or default,

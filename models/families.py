@@ -48,6 +48,15 @@ def register_family(family: Family) -> None:
     FAMILIES[family.name] = family
 
 
+def is_ours(config: Any) -> bool:
+    """Whether a family reads it."""
+    try:
+        family_of(config)
+    except ValueError:
+        return False
+    return True
+
+
 def family_of(config: Any) -> Family:
     """Family of a config object, a model, or a config.json's dict (ours or published).
 

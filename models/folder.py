@@ -17,6 +17,10 @@ TOKENIZER_FILES = (
 )
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
+
+
 def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
     """Copy the tokenizer's files from one model folder to another; the names of those that were there."""
     present = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]

@@ -17,8 +17,8 @@ from .cache import RecurrentCache
 from .command_line import run_command
 from .decoding import GraphedDecoder
 from .draw import checked_seed
-from .families import family_of
-from .folder import TOKENIZER_FILES
+from .families import is_ours
+from .folder import has_tokenizer
 from .language_model import LanguageModel
 from .loading import load_pretrained, out_of_memory, read_json, usable_device
 
@@ -97,12 +97,9 @@ def load_model(folder: str, dtype: str | None, device: str) -> nn.Module:
     torch_dtype = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no type of torch; use bfloat16, float16, float32 or float64")
-    raw = read_json(Path(folder) / "config.json")
-    try:
-        family_of(raw)
-    except ValueError:  # none of ours
-        return _load_foreign(folder, torch_dtype or "auto").to(device).eval()
-    return load_pretrained(folder, dtype=torch_dtype, device=device).eval()
+    if is_ours(read_json(Path(folder) / "config.json")):
+        return load_pretrained(folder, dtype=torch_dtype, device=device).eval()
+    return _load_foreign(folder, torch_dtype or "auto").to(device).eval()
 
 
 def _load_foreign(folder: str, dtype: torch.dtype | str) -> nn.Module:
@@ -144,7 +141,7 @@ def _load_foreign(folder: str, dtype: torch.dtype | str) -> nn.Module:
 
 
 def load_tokenizer(folder: str) -> Any:
-    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer; give tokenizer=FOLDER")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
